@@ -1,0 +1,24 @@
+"""A small GPT learns to write Python from the standard library's own source, which every Python carries: no download.
+
+Costs about four minutes on two CPU cores. Byte tokens, 4 layers of width 128 (0.9M parameters); the training loss falls
+from 5.6 to about 1.7 nats a byte.
+
+  python -m jaxlm.train --config configs/quickstart.py
+"""
+
+import sysconfig
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            model=dict(num_layers=4, embed_dim=128, num_heads=4, max_seq_len=128),
+            train=dict(num_steps=600, batch_size=32, eval_every=100, eval_batches=20),
+            optim=dict(peak_lr=2e-3, warmup_steps=50),
+            data=dict(path=(sysconfig.get_path("stdlib") + "/*.py",), tokenizer="bytes"),
+            checkpoint=dict(every_steps=50),
+            log=dict(sample_prompt="def ", sample_tokens=300),
+        )
+    )

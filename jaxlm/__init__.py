@@ -1,0 +1,13 @@
+"""jaxlm trains GPT-style language models in JAX: the same numbers on every mesh and after every fault.
+
+Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml holds the contract):
+  train.py                                      the loop: start reading here
+  evaluate.py generate.py report.py             tools over a finished or running workdir
+  session.py                                    what the loop and the tools both open: data, program, checkpoints
+  step.py                                       one update: model x loss x optimizer x mesh
+  models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
+  parallel/                                     mesh and sharding table
+  settings.py config.py                         from files and flags to frozen dataclasses
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,367 @@
+"""Every setting of a run: frozen dataclasses with a line of documentation each, and the checks that span fields.
+
+Imports nothing of jaxlm. `jaxlm.settings` builds a `Config` from a file and the command line; every other room receives
+the section it uses and reads attributes. `check` reports all problems at once and touches no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A dataclass field with its default and the one line of `--help`, which says what a special 0 stands for."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    preset: str | None = setting(None, "published size to start from, e.g. gpt2-124m (jaxlm/models/presets.py)")
+    vocab_size: int = setting(0, "token ids the model knows (0: the tokenizer's)")
+    vocab_multiple: int = setting(
+        128, "the embedding's rows are padded to a multiple of this; padded logits are masked"
+    )
+    num_layers: int = setting(12, "transformer blocks")
+    embed_dim: int = setting(768, "model width")
+    num_heads: int = setting(12, "query heads")
+    num_kv_heads: int = setting(0, "key and value heads, a divisor of num_heads (0: num_heads)")
+    head_dim: int = setting(0, "width of one head (0: embed_dim / num_heads)")
+    mlp_dim: int = setting(0, "hidden width of the MLP (0: 4 * embed_dim)")
+    max_seq_len: int = setting(1024, "longest sequence the model is built for; rows of the learned position table")
+    position: Literal["learned", "alibi", "rope"] = setting("learned", "how positions enter")
+    rope_theta: float = setting(10000.0, "base of the rotary wavelengths (position=rope)")
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each branch and before the head")
+    norm_eps: float = setting(1e-5, "added to the variance in every norm")
+    embed_norm: bool = setting(False, "LayerNorm on the embedding's output, as BLOOM has")
+    activation: Literal["gelu", "swiglu"] = setting("gelu", "MLP: tanh-approximated GELU, or SiLU-gated")
+    use_bias: bool = setting(True, "bias vectors in attention and MLP")
+    tie_embeddings: bool = setting(True, "the head is the token embedding")
+    dropout: float = setting(0.0, "probability of zeroing an activation: embedding, attention output, MLP output")
+    init_std: float = setting(
+        0.02, "standard deviation of initial weights; projections into the residual get /sqrt(2*layers)"
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "compute dtype; parameters and optimizer state stay float32"
+    )
+    attention: Literal["auto", "xla", "cudnn"] = setting("auto", "attention kernel; auto logs what it took and why")
+    scan_layers: bool = setting(
+        False, "one compiled block looped over layers: compiles faster, runs 10-30 % slower on a GPU"
+    )
+    remat: str = setting(
+        "none", "none | full | name=keep,name=offload,...: what backward reuses; unnamed is recomputed"
+    )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    pipeline: int = setting(1, "groups of layers")
+    data: int = setting(-1, "replicas of the parameters, each with its own rows (-1: all devices that are left)")
+    fsdp: int = setting(1, "parameters and optimizer state split this way; rows too")
+    context: int = setting(1, "positions of one sequence")
+    model: int = setting(1, "heads, MLP width and vocabulary")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = setting(1000, "optimizer steps in the whole run")
+    batch_size: int = setting(8, "rows in one step, over all devices")
+    seq_len: int = setting(0, "tokens in a row (0: model.max_seq_len)")
+    accumulate: int = setting(1, "microbatches in one step")
+    seed: int = setting(0, "of initial weights, data order and dropout")
+    eval_every: int = setting(0, "steps between evaluations; the last step always evaluates (0: only then)")
+    eval_batches: int = setting(0, "batches in one evaluation (0: all held-out rows once)")
+    z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
+    loss_chunk_tokens: int = setting(8192, "tokens whose logits exist at one time")
+    max_nonfinite_steps: int = setting(
+        5, "steps in a row with a non-finite loss or gradient that end the run with exit 4"
+    )
+    compilation_cache: str = setting("", "folder for compiled programs, reused by later runs (empty: none)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "adafactor", "lion", "muon"] = setting("adamw", "optimizer")
+    peak_lr: float = setting(3e-4, "learning rate after warm-up")
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = setting("cosine", "after warm-up")
+    warmup_steps: int = setting(0, "steps of linear warm-up from 0 (inverse_sqrt: also its time scale)")
+    final_lr_frac: float = setting(0.1, "last learning rate over peak_lr (cosine, linear, wsd)")
+    decay_steps: int = setting(0, "wsd: steps of the final linear decay (0: a fifth of num_steps)")
+    weight_decay: float = setting(0.1, "decoupled weight decay, times the learning rate")
+    decay_roles: tuple[str, ...] = setting(("kernel", "embedding"), "roles that decay: kernel, embedding, scale, bias")
+    beta1: float = setting(0.9, "decay of the first moment (adamw, lion, muon's momentum)")
+    beta2: float = setting(0.95, "decay of the second moment (adamw, lion)")
+    eps: float = setting(1e-8, "added to the root of the second moment (adamw)")
+    clip_norm: float = setting(1.0, "largest global gradient norm (0: no clipping)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: tuple[str, ...] = setting(
+        (), "text to train on: .txt, .py, .jsonl[.gz|.zst] files, globs; tokenized on first use"
+    )
+    train: tuple[str, ...] = setting((), "tokenized sets to train on: .bin/.idx prefixes (instead of path)")
+    eval: tuple[str, ...] = setting((), "tokenized sets to evaluate on (none: cut from the training set by split)")
+    split: tuple[float, ...] = setting((0.95, 0.05), "shares of tokens, in file order, for training and evaluation")
+    tokenizer: str = setting("bytes", "bytes | chars | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE")
+    text_key: str = setting("text", "field of a JSONL object that holds the text")
+    mask_eod_loss: bool = setting(False, "positions whose input is the end-of-document token count no loss")
+    prefetch: int = setting(2, "batches prepared ahead of the step")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = setting(500, "steps between saves; the last step always saves (0: only then)")
+    keep: int = setting(3, "newest checkpoints kept")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = setting(1, "steps between progress and metrics lines")
+    tensorboard: bool = setting(True, "write TensorBoard events to WORKDIR/tensorboard")
+    sample_prompt: str = setting("", "start of the sample that ends a run (empty: the end-of-document token)")
+    sample_tokens: int = setting(200, "length of that sample (0: none)")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing for the user to mend: where it is, which rule it breaks, what to do."""
+
+    where: str
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}\n  {self.rule}\n  {self.remedy}"
+
+
+class UserError(ValueError):
+    """Something the user can mend; printed as three lines a problem, without a traceback."""
+
+    def __init__(self, *problems: Problem, exit_code: int = 2):
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+        self.exit_code = exit_code
+
+
+# Tensors a block names for rematerialisation, in the order it makes them. models/ emits exactly these (tests hold it).
+REMAT_NAMES = {
+    "attn_norm": "normalised input of attention",
+    "query": "queries, after rotary positions",
+    "key": "keys, after rotary positions",
+    "value": "values",
+    "attn_context": "attention's output before its projection",
+    "attn_out": "attention's branch, added to the residual",
+    "mlp_norm": "normalised input of the MLP",
+    "mlp_up": "MLP before its activation",
+    "mlp_gate": "gate of a SwiGLU before its activation",
+    "mlp_act": "MLP after its activation",
+    "mlp_out": "the MLP's branch, added to the residual",
+}
+
+
+def remat_actions(remat: str) -> dict[str, str]:
+    """`name=keep,name=offload` as a dictionary; empty for none and full. Raises ValueError on anything else."""
+    if remat in ("none", "full"):
+        return {}
+    actions = {}
+    for part in remat.split(","):
+        name, _, action = part.strip().partition("=")
+        if action not in ("keep", "offload", "recompute"):
+            raise ValueError(f"{part.strip()!r} is not name=keep, name=offload or name=recompute")
+        actions[name] = action
+    return actions
+
+
+def derived(config: Config) -> Config:
+    """`config` with every 0 that stands for a rule replaced: kv heads, head width, MLP width, row length, WSD's decay."""
+    m, t, o = config.model, config.train, config.optim
+    model = dataclasses.replace(
+        m,
+        num_kv_heads=m.num_kv_heads or m.num_heads,
+        head_dim=m.head_dim or m.embed_dim // max(m.num_heads, 1),
+        mlp_dim=m.mlp_dim or 4 * m.embed_dim,
+    )
+    train = dataclasses.replace(t, seq_len=t.seq_len or m.max_seq_len)
+    decay = o.decay_steps or (max(t.num_steps // 5, 1) if o.schedule == "wsd" else 0)
+    return dataclasses.replace(config, model=model, train=train, optim=dataclasses.replace(o, decay_steps=decay))
+
+
+# (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
+APPLIES = (
+    ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
+    ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
+    ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
+    ("optim.beta1", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
+    ("optim.beta2", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
+    ("optim.eps", lambda c: c.optim.name in ("adamw", "muon"), "optim.name=adamw or muon"),
+    ("optim.decay_roles", lambda c: c.optim.weight_decay > 0, "optim.weight_decay above 0"),
+    ("data.text_key", lambda c: bool(c.data.path), "data.path"),
+    ("data.split", lambda c: not c.data.eval, "no data.eval"),
+    ("log.sample_prompt", lambda c: c.log.sample_tokens > 0, "log.sample_tokens above 0"),
+)
+
+# key -> smallest value allowed
+AT_LEAST = {
+    "model.vocab_size": 0, "model.vocab_multiple": 1, "model.num_layers": 1, "model.embed_dim": 1, "model.num_heads": 1,
+    "model.num_kv_heads": 1, "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.init_std": 0,
+    "train.num_steps": 1, "train.batch_size": 1, "train.seq_len": 1, "train.accumulate": 1, "train.seed": 0,
+    "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 1,
+    "train.max_nonfinite_steps": 1, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
+    "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1, "log.every_steps": 1, "log.sample_tokens": 0,
+}  # fmt: skip
+
+# key -> (low, high): low <= value < high
+WITHIN = {
+    "model.dropout": (0, 1), "optim.beta1": (0, 1), "optim.beta2": (0, 1), "optim.final_lr_frac": (0, 1.0000001),
+}  # fmt: skip
+
+UNSUPPORTED_AXES = ("pipeline", "context", "model")
+
+
+def get(config: Config, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def ignored(config: Config, chosen: Iterable[str]) -> list[Problem]:
+    """A problem for each of `chosen` (keys someone set to another value than the default) that `config` would not use."""
+    rows = ((path, need) for path, counts, need in APPLIES if path in chosen and not counts(config))
+    text = "would be ignored: it needs {}"
+    return [Problem(f"{path}={get(config, path)}", text.format(need), "remove it, or set that") for path, need in rows]
+
+
+def check(config: Config) -> list[Problem]:
+    """Every rule that spans or bounds settings, on a `derived` config: 0 only where the tokenizer decides (vocab_size)."""
+    problems = []
+
+    def rule(holds: bool, path: str, text: str, remedy: str) -> None:
+        if not holds:
+            problems.append(Problem(f"{path}={get(config, path)}", text, remedy))
+
+    for path, low in AT_LEAST.items():
+        value = get(config, path)
+        rule(value >= low, path, f"must be at least {low}", f"use {low} or more")
+    for path, (low, high) in WITHIN.items():
+        rule(low <= get(config, path) < high, path, f"must lie in [{low}, {round(high)})", "choose a value inside")
+    if problems:
+        return problems  # the rules below divide by these
+    _check_model(config, rule)
+    _check_run(config, rule)
+    return problems
+
+
+def _check_model(config: Config, rule: Any) -> None:
+    m = config.model
+    if m.head_dim == m.embed_dim // m.num_heads:
+        near = [n for n in range(1, m.embed_dim + 1) if m.embed_dim % n == 0]
+        near = sorted(near, key=lambda n: abs(n - m.num_heads))[:3]
+        rule(
+            m.embed_dim % m.num_heads == 0,
+            "model.num_heads",
+            f"does not divide model.embed_dim={m.embed_dim}",
+            f"use {', '.join(map(str, sorted(near)))}, or set model.head_dim",
+        )
+    rule(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        f"does not divide model.num_heads={m.num_heads}",
+        f"use one of {[n for n in range(1, m.num_heads + 1) if m.num_heads % n == 0]}",
+    )
+    rule(
+        m.position != "rope" or m.head_dim % 2 == 0,
+        "model.head_dim",
+        "rotary positions turn pairs of channels: the head width must be even",
+        "use an even model.head_dim",
+    )
+    rule(
+        m.attention != "cudnn" or (m.dtype == "bfloat16" and m.head_dim % 8 == 0 and m.position != "alibi"),
+        "model.attention",
+        "cuDNN attention takes bfloat16, head widths that are multiples of 8, and no ALiBi bias",
+        "set model.attention=auto or xla, or model.dtype=bfloat16",
+    )
+    try:
+        unknown = sorted(set(remat_actions(m.remat)) - set(REMAT_NAMES))
+        rule(not unknown, "model.remat", f"no tensor is named {', '.join(unknown)}", f"names: {', '.join(REMAT_NAMES)}")
+        rule(
+            "mlp_gate" not in remat_actions(m.remat) or m.activation == "swiglu",
+            "model.remat",
+            "mlp_gate exists only with model.activation=swiglu",
+            "leave mlp_gate out",
+        )
+    except ValueError as e:
+        rule(False, "model.remat", str(e), f"use none, full, or a list over {', '.join(REMAT_NAMES)}")
+
+
+def _check_run(config: Config, rule: Any) -> None:
+    m, t, o, d = config.model, config.train, config.optim, config.data
+    degrees = dataclasses.asdict(config.mesh)
+    for axis, degree in degrees.items():
+        rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
+        rule(
+            axis not in UNSUPPORTED_AXES or degree == 1,
+            f"mesh.{axis}",
+            "this version splits over data and fsdp only",
+            f"set mesh.{axis}=1",
+        )
+    free = [axis for axis, degree in degrees.items() if degree == -1]
+    rule(len(free) <= 1, f"mesh.{free[-1] if free else 'data'}", "only one axis can take what is left", "give a number")
+    rule(
+        t.seq_len <= m.max_seq_len,
+        "train.seq_len",
+        f"is longer than model.max_seq_len={m.max_seq_len}",
+        f"use {m.max_seq_len} or less, or raise model.max_seq_len",
+    )
+    rule(
+        t.batch_size % t.accumulate == 0,
+        "train.batch_size",
+        f"does not split into train.accumulate={t.accumulate} microbatches",
+        f"use a multiple of {t.accumulate}",
+    )
+    rule(o.peak_lr > 0, "optim.peak_lr", "must be above 0", "use for example 3e-4")
+    rule(o.clip_norm >= 0, "optim.clip_norm", "must be at least 0", "use 0 for no clipping")
+    rule(
+        o.warmup_steps < t.num_steps or o.warmup_steps == 0,
+        "optim.warmup_steps",
+        f"leaves no step of train.num_steps={t.num_steps} at the peak",
+        f"use {max(t.num_steps // 10, 0)}",
+    )
+    rule(
+        o.schedule != "inverse_sqrt" or o.warmup_steps > 0,
+        "optim.warmup_steps",
+        "is the time scale of inverse_sqrt and must be above 0",
+        "use for example 1000",
+    )
+    rule(
+        o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= t.num_steps,
+        "optim.decay_steps",
+        f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
+        f"use at most {t.num_steps - o.warmup_steps}",
+    )
+    unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
+    rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")
+    rule(
+        bool(d.path) != bool(d.train),
+        "data.path",
+        "exactly one of data.path (text) and data.train (tokenized sets) names the training data",
+        "set --config.data.path=FILE.txt, or --config.data.train=PREFIX",
+    )
+    rule(
+        2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0,
+        "data.split",
+        "must be two or three shares, the first above 0: training, evaluation, kept apart",
+        "use for example 0.95,0.05",
+    )

@@ -1,0 +1,92 @@
+"""Loss of a trained model on text: `python -m jaxlm.evaluate --workdir DIR [--input FILE.jsonl | --data PREFIX]`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.config import Problem, UserError
+from jaxlm.data.indexed import IndexedDataset
+from jaxlm.data.prepare import prepare
+from jaxlm.data.samples import TokenRange
+from jaxlm.metrics.numbers import loss_text
+from jaxlm.session import (
+    load_config,
+    make_loader,
+    mean_loss,
+    open_corpus,
+    open_program,
+    open_tokenizer,
+    restore_params,
+    whole,
+    with_vocabulary,
+)
+from jaxlm.settings import Parser, run_main
+from jaxlm.step import compile_eval, put_batch
+
+
+def evaluate(
+    workdir: Path, *, step: int | None = None, inputs: Sequence[str] = (), prefixes: Sequence[str] = ()
+) -> dict[str, float | int]:
+    """Mean loss of checkpoint `step` (None: the newest) over every row of the text, without dropout.
+
+    Args:
+      inputs: text files, tokenized as the run was.   prefixes: tokenized sets.   Neither: the run's held-out text.
+
+    Returns: step, eval_loss in nats a token, perplexity, tokens counted.
+    Raises: UserError if the workdir, the checkpoint or the text is not there.
+    """
+    config = load_config(workdir)
+    tokenizer = open_tokenizer(config, workdir)
+    config = with_vocabulary(config, tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        if inputs:
+            made = prepare(
+                tuple(inputs), tokenizer_spec=tokenizer.spec, text_key=config.data.text_key, folder=scratch, log=_say
+            )  # fmt: skip
+            prefixes = (made.prefix,)
+        ranges: tuple[TokenRange, ...] = tuple(whole(IndexedDataset(prefix)) for prefix in prefixes)
+        loader = make_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer, shuffle=False)
+        program = open_program(config)
+        restored = restore_params(program, workdir, step)
+        batches = (put_batch(program, loader.batch(i)) for i in range(loader.num_batches or 0))
+        loss = mean_loss(compile_eval(program), restored.state, batches)
+    tokens = loader.samples.samples_per_epoch * config.train.seq_len
+    return dict(step=restored.step, eval_loss=loss, perplexity=math.exp(min(loss, 700)), tokens=tokens)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m jaxlm.evaluate", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="a run's folder")
+    parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--input", nargs="+", default=(), metavar="FILE", help="text or JSONL files, tokenized as the run was"
+    )
+    text.add_argument("--data", nargs="+", default=(), metavar="PREFIX", help="tokenized .bin/.idx sets")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    for prefix in args.data:
+        if not Path(f"{prefix}.idx").is_file():
+            raise UserError(Problem(f"--data={prefix}", f"no file {prefix}.idx", "name a set without its .bin or .idx"))
+    result = evaluate(args.workdir, step=args.step, inputs=args.input, prefixes=args.data)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        loss, perplexity = loss_text(result["eval_loss"]), f"{result['perplexity']:.4g}"
+        print(
+            f"step {result['step']}: eval loss {loss} nats a token, perplexity {perplexity}, {result['tokens']:,} tokens"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

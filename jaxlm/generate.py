@@ -1,0 +1,107 @@
+# Dims: B rows (copies of one), T position, V vocabulary.
+"""Writes text with a trained model: `python -m jaxlm.generate --workdir DIR --prompt TEXT`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import Problem, UserError
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.session import load_config, open_program, open_tokenizer, restore_params, with_vocabulary
+from jaxlm.settings import Parser, run_main
+from jaxlm.step import Program
+
+
+def generate(
+    program: Program,
+    params: object,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> list[int]:
+    """`max_new_tokens` ids that follow `prompt`, sampled from softmax(logits / temperature) over the top_k largest.
+
+    The whole context is computed anew for each token (no key-value cache); past model.max_seq_len the oldest tokens
+    fall out of it. temperature 0 takes the largest logit; top_k 0 keeps all. Raises: ValueError on an empty prompt.
+    """
+    if not len(prompt):
+        raise ValueError("generation needs at least one token to start from")
+    length = len(prompt) + max_new_tokens
+    buffer_T = np.zeros(length, np.int32)
+    buffer_T[: len(prompt)] = prompt
+    run = jax.jit(partial(_generate, program, temperature, min(top_k, program.config.model.vocab_size), length))
+    out_T = run(params, buffer_T, np.int32(len(prompt)), jax.random.key(seed))
+    return jax.device_get(out_T)[len(prompt) :].tolist()
+
+
+def _generate(program, temperature, top_k, length, params, buffer_T, start, key):
+    model = program.model(params)
+    window = min(program.config.model.max_seq_len, length)
+    mesh = program.layout.mesh
+    rows = math.prod(
+        mesh.shape[axis] for axis in ("data", "fsdp")
+    )  # copies, so that the rows' layout holds on any mesh
+
+    def extend(i, buffer_T):
+        first = jnp.maximum(i - window, 0)
+        tokens_T = jax.lax.dynamic_slice(buffer_T, (first,), (window,))
+        x_BTD = model.hidden(jnp.broadcast_to(tokens_T, (rows, window)))
+        last_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, i - 1 - first, 1, axis=1)
+        logits_V = model.logits(last_B1D)[0, 0]
+        return buffer_T.at[i].set(_pick(logits_V, temperature, top_k, jax.random.fold_in(key, i)))
+
+    return jax.lax.fori_loop(start, length, extend, buffer_T)
+
+
+def _pick(logits_V: jax.Array, temperature: float, top_k: int, key: jax.Array) -> jax.Array:
+    if temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    if top_k:
+        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, top_k)[0][-1], -jnp.inf, logits_V)
+    return jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
+
+
+def write_sample(program: Program, params: object, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str:
+    """`prompt` and what the model adds, as text. An empty prompt starts from the end-of-document token."""
+    ids = list(tokenizer.encode(prompt)) if prompt else [] if tokenizer.eod is None else [tokenizer.eod]
+    if not ids:
+        raise UserError(Problem(f"prompt {prompt!r}", "gives no token to start from", "write a word"))
+    return prompt + tokenizer.decode(generate(program, params, ids, **sampling))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m jaxlm.generate", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="a run's folder")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among this many (0: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(args, name) < low:
+            flag = f"--{name.replace('_', '-')}={getattr(args, name)}"
+            raise UserError(Problem(flag, f"must be at least {low}", f"use {low} or more"))
+    config = load_config(args.workdir)
+    tokenizer = open_tokenizer(config, args.workdir)
+    program = open_program(with_vocabulary(config, tokenizer))
+    params = restore_params(program, args.workdir, args.step).state
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+    print(write_sample(program, params, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **sampling))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,114 @@
+# Dims: B batch, T position, D model width, V padded vocabulary, L layers.
+"""The GPT: embedding, blocks, final norm, head. Scanned and unrolled blocks hold the same parameters, a leaf a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.config import ModelConfig, remat_actions
+from jaxlm.models.attention import Attention
+from jaxlm.models.embed import Embedding, dropout, padded_vocab
+from jaxlm.models.mlp import MLP
+from jaxlm.models.norm import Norm
+from jaxlm.models.params import use, weight
+from jaxlm.parallel.rules import Layout
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
+        ka, km = jax.random.split(key)
+        self.rate = model.dropout
+        self.attn_norm, self.mlp_norm = (
+            Norm(model.embed_dim, kind=model.norm, eps=model.norm_eps, bias=model.use_bias) for _ in range(2)
+        )
+        self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
+
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        ka, km = (None, None) if key is None else jax.random.split(key)
+        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"))
+        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, self.rate, ka), "attn_out")
+        y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
+        return x_BTD + checkpoint_name(dropout(y_BTD, self.rate, km), "mlp_out")
+
+
+class GPT(nnx.Module):
+    def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
+        ke, kh, _ = jax.random.split(key, 3)
+        self.model = model
+        self.layout = layout
+        self.embed = Embedding(model, ke, layout)
+        self.layers = nnx.List([Block(model, block_key(key, i), layout) for i in range(model.num_layers)])
+        self.final_norm = Norm(model.embed_dim, kind=model.norm, eps=model.norm_eps, bias=model.use_bias)
+        shape = (padded_vocab(model), model.embed_dim)
+        self.head = (
+            None if model.tie_embeddings else weight(kh, shape, "vocab embed", std=model.init_std, role="kernel")
+        )
+
+    def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """What the head reads, [B, T, D] in the compute dtype. With a key, dropout is on; each layer folds in its index."""
+        x_BTD = self.embed(tokens_BT)
+        x_BTD = dropout(
+            x_BTD, self.model.dropout, None if key is None else jax.random.fold_in(key, self.model.num_layers)
+        )
+        graph = nnx.split(self.layers[0])[0]
+        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
+        layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
+        run = _scan if self.model.scan_layers else _unroll
+        return self.final_norm(run(block, layers, x_BTD, key, self.model.dtype))
+
+    def head_matrix(self) -> jax.Array:
+        """[V, D] in the compute dtype: the head's own, or the token table."""
+        return use(self.embed.tokens if self.head is None else self.head, self.model.dtype, self.layout)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """f32[B, T, vocab_size]: for sampling and scoring; training goes through loss.py and never holds these."""
+        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, self.head_matrix(), preferred_element_type=jnp.float32)
+        return logits_BTV[..., : self.model.vocab_size]
+
+
+def block_key(key: jax.Array, i: int | jax.Array) -> jax.Array:
+    """The key that block i of a GPT made with `key` draws its weights from."""
+    return jax.random.fold_in(jax.random.split(key, 3)[2], i)
+
+
+def init_block(model: ModelConfig, key: jax.Array, i: int | jax.Array, layout: Layout) -> dict:
+    """Parameters of block i of GPT(model, key, layout), alone."""
+    return nnx.to_pure_dict(nnx.split(Block(model, block_key(key, i), layout))[1])
+
+
+def _unroll(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None, dtype: str) -> jax.Array:
+    for i, params in enumerate(layers):
+        x_BTD = block(params, x_BTD, None if key is None else jax.random.fold_in(key, i))
+    return x_BTD
+
+
+def _scan(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None, dtype: str) -> jax.Array:
+    def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        params, i = layer
+        return block(params, x_BTD, None if key is None else jax.random.fold_in(key, i)), None
+
+    def stack(*leaves: jax.Array) -> jax.Array:  # kernels are stacked in the compute dtype: half the copy
+        return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
+
+    return jax.lax.scan(body, x_BTD, (jax.tree.map(stack, *layers), jnp.arange(len(layers))))[0]
+
+
+def rematerialised(block: Callable, remat: str) -> Callable:
+    """`block` with its backward reusing what `remat` says: all (none), nothing (full), or the named tensors."""
+    if remat == "none":
+        return block
+    actions = remat_actions(remat)
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name, action in actions.items() if action == "keep"],
+        names_which_can_be_offloaded=[name for name, action in actions.items() if action == "offload"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(block, policy=policy)

@@ -1,0 +1,43 @@
+# Dims: B batch, T position, D model width, F hidden width.
+"""The feed-forward branch: GELU, or SiLU-gated (SwiGLU)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.config import ModelConfig
+from jaxlm.models.params import use, vector, weight
+from jaxlm.parallel.rules import Layout
+
+
+class MLP(nnx.Module):
+    """gelu: down(gelu(up(x))), tanh-approximated.  swiglu: down(silu(gate(x)) * up(x)), Shazeer, arXiv:2002.05202."""
+
+    def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
+        D, F = model.embed_dim, model.mlp_dim
+        ku, kg, kd = jax.random.split(key, 3)
+        gated = model.activation == "swiglu"
+        self.model, self.layout = model, layout
+        self.up = weight(ku, (D, F), "embed mlp", std=model.init_std)
+        self.gate = weight(kg, (D, F), "embed mlp", std=model.init_std) if gated else None
+        self.down = weight(kd, (F, D), "mlp embed", std=model.init_std / (2 * model.num_layers) ** 0.5)
+        self.up_bias = vector((F,), "mlp", role="bias") if model.use_bias else None
+        self.gate_bias = vector((F,), "mlp", role="bias") if model.use_bias and gated else None
+        self.down_bias = vector((D,), "embed", role="bias") if model.use_bias else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        up_BTF = checkpoint_name(self._project(x_BTD, self.up, self.up_bias), "mlp_up")
+        if self.gate is None:
+            act_BTF = jax.nn.gelu(up_BTF, approximate=True)
+        else:
+            gate_BTF = checkpoint_name(self._project(x_BTD, self.gate, self.gate_bias), "mlp_gate")
+            act_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        act_BTF = checkpoint_name(act_BTF, "mlp_act")
+        return self._project(act_BTF, self.down, self.down_bias)
+
+    def _project(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        y = x @ use(kernel, self.model.dtype, self.layout)
+        y = y if bias is None else y + bias[...].astype(y.dtype)
+        return self.layout.constrain(y, ("batch", "seq", kernel.dims[-1]))

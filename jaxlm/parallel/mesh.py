@@ -1,0 +1,32 @@
+"""The device mesh: five named axes, slow links outermost, fast links innermost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.config import MeshConfig, Problem, UserError
+
+AXES = ("pipeline", "data", "fsdp", "context", "model")
+
+
+def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """A Mesh over all `devices`, in AXES order; the axis given as -1 takes what the others leave.
+
+    Raises: UserError if the degrees do not multiply to the number of devices.
+    """
+    degrees = dataclasses.asdict(mesh)
+    fixed = math.prod(d for d in degrees.values() if d != -1)
+    left, rest = divmod(len(devices), fixed)
+    free = [axis for axis in AXES if degrees[axis] == -1]
+    if rest or left == 0 or (left != 1 and not free):
+        product = " * ".join(f"{axis}={degrees[axis]}" for axis in AXES if degrees[axis] not in (1, -1)) or "1"
+        remedy = f"choose degrees whose product {'divides' if free else 'is'} {len(devices)}, or set one axis to -1"
+        raise UserError(Problem(f"mesh: {product}", f"does not fill {len(devices)} devices", remedy))
+    shape = [left if degrees[axis] == -1 else degrees[axis] for axis in AXES]
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

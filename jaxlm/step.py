@@ -1,0 +1,267 @@
+# Dims: B batch, T position, M microbatches.
+"""One update of the model: model x loss x optimizer x mesh.
+
+`Program` holds what does not change in a run; `TrainState` what does. `train_step` is the definition of an update and
+`compile_step` pins its layouts. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxlm.config import Config
+from jaxlm.data.loader import Batch
+from jaxlm.models.gpt import GPT, init_block
+from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.optim.optimizer import make_optimizer
+from jaxlm.optim.schedule import make_schedule
+from jaxlm.parallel.rules import Layout
+
+BATCH_DIMS = ("batch", "seq")
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "skipped", "streak"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step and a checkpoint keeps.
+
+    step: i32[], batches seen.   params: float32 leaves.   opt_state: optax's.
+    skipped: i32[], steps whose update was dropped for a non-finite loss or gradient; streak: how many of them in a row.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    skipped: Any
+    streak: Any
+
+
+class StepMetrics(NamedTuple):
+    """f32[] each: mean nats a counted token, global gradient norm before clipping, learning rate applied, counted tokens,
+    and the skip counters after the step."""
+
+    loss: Any
+    grad_norm: Any
+    lr: Any
+    tokens: Any
+    skipped: Any
+    streak: Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """What stays fixed in a run: the model's graph, the optimizer, the mesh layout and the settings of a step."""
+
+    config: Config
+    layout: Layout
+    graph: nnx.GraphDef
+    dims: Any  # a tuple of logical dims for each parameter, in the parameters' tree
+    roles: Any  # a role for each parameter
+    schedule: Callable[[jax.Array], jax.Array]
+    optimizer: optax.GradientTransformation
+
+    def model(self, params: Any) -> GPT:
+        return nnx.merge(self.graph, params)
+
+
+def make_program(config: Config, layout: Layout) -> Program:
+    """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
+    abstract = nnx.eval_shape(lambda: GPT(config.model, jax.random.key(0), layout))
+    graph, variables = nnx.split(abstract)
+    flat = nnx.to_flat_state(variables)
+    for path, variable in flat:
+        layout.check_divides(".".join(map(str, path)), variable.shape, variable.dims)
+    dims = _unflatten({path: variable.dims for path, variable in flat})
+    roles = _unflatten({path: variable.role for path, variable in flat})
+    schedule = make_schedule(config.optim, config.train.num_steps)
+    optimizer = make_optimizer(config.optim, schedule=schedule, roles=roles)
+    return Program(config, layout, graph, dims, roles, schedule, optimizer)
+
+
+def _unflatten(flat: dict[tuple, Any]) -> dict:
+    tree: dict = {}
+    for path, leaf in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def init_state(program: Program) -> TrainState:
+    """The state at step 0, made on the devices that will hold it: no array ever exists unsharded.
+
+    Blocks are made one by one with one compiled function, so the time to compile does not grow with depth.
+    """
+    at = state_shardings(program)
+    model, seed, layout = program.config.model, program.config.train.seed, program.layout
+    placed = {name: sharding for name, sharding in at.params.items() if name != "layers"}
+    params = jax.jit(lambda: {name: _init(program).params[name] for name in placed}, out_shardings=placed)()
+    block = jax.jit(lambda i: init_block(model, jax.random.key(seed), i, layout), out_shardings=at.params["layers"][0])
+    params["layers"] = {i: block(np.int32(i)) for i in range(model.num_layers)}
+    params = {name: params[name] for name in at.params}
+    opt_state = jax.jit(program.optimizer.init, out_shardings=at.opt_state)(params)
+    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=layout.replicated)
+    return TrainState(zero(), params, opt_state, zero(), zero())
+
+
+def _init(program: Program) -> TrainState:
+    key = jax.random.key(program.config.train.seed)
+    params = nnx.to_pure_dict(nnx.split(GPT(program.config.model, key, program.layout))[1])
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, program.optimizer.init(params), zero, zero)
+
+
+def abstract_state(program: Program) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(partial(_init, program))
+    place = partial(jax.tree.map, lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s))
+    return place(shapes, _shardings(program, shapes))
+
+
+def state_shardings(program: Program) -> TrainState:
+    """Where each leaf of the state rests: parameters and the optimizer's copies of their shape by the storage column."""
+    return _shardings(program, jax.eval_shape(partial(_init, program)))
+
+
+def _shardings(program: Program, shapes: TrainState) -> TrainState:
+    at_rest = partial(program.layout.sharding, storage=True)
+    params = jax.tree.map(at_rest, program.dims, is_leaf=lambda x: isinstance(x, tuple))
+    whole = program.layout.replicated
+
+    def like_param(moment: Any, param: Any, sharding: Any) -> Any:
+        return sharding if moment.shape == param.shape else whole
+
+    moments = optax.tree_map_params(
+        program.optimizer, like_param, shapes.opt_state, shapes.params, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(whole, params, moments, whole, whole)
+
+
+def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    """One update from one global batch. A non-finite loss or gradient leaves parameters and optimizer state as they were.
+
+    Args:
+      batch: tokens and labels i32[B, T], weights f32[B, T], rows of the global batch.
+
+    Returns: the next state, and the metrics of this step.
+    """
+    optim = program.config.optim
+    loss, tokens, grads = mean_loss_and_grads(program, state.params, batch, state.step)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if optim.clip_norm:
+        scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+        grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )  # fmt: skip
+    streak = jnp.where(finite, 0, state.streak + 1)
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    lr = program.schedule(state.step - state.skipped)
+    metrics = StepMetrics(loss, grad_norm, lr, tokens, skipped.astype(jnp.float32), streak.astype(jnp.float32))
+    return TrainState(state.step + 1, params, opt_state, skipped, streak), metrics
+
+
+def mean_loss_and_grads(
+    program: Program, params: Any, batch: Batch, step: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(mean nats a counted token, counted tokens, gradient of the mean objective).
+
+    Sums come first: microbatches add nats, tokens and gradients, and one division by the true token count ends it, so
+    that ragged masks and accumulation are exact. Microbatch m takes rows m, M+m, 2M+m, ...: rows stay on their device.
+    """
+    M = program.config.train.accumulate
+    key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
+    if M == 1:
+        nats, grads = _loss_and_grads(program, params, batch, key)
+    else:
+        micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(sums: Any, xs: Any) -> tuple[Any, None]:
+            rows, m = xs
+            return jax.tree.map(jnp.add, sums, _loss_and_grads(program, params, rows, jax.random.fold_in(key, m))), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
+        (nats, grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(M)))
+    tokens = batch.weights.sum()
+    share = 1 / jnp.maximum(tokens, 1)
+    return nats * share, tokens, jax.tree.map(lambda g: g * share, grads)
+
+
+def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+        return _sums(program, params, batch, key if program.config.model.dropout > 0 else None)
+
+    (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return nats, grads
+
+
+def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    model, train = program.model(params), program.config.train
+    return cross_entropy_sums(
+        model.hidden(batch.tokens, key),
+        model.head_matrix(),
+        batch.labels,
+        batch.weights,
+        vocab_size=program.config.model.vocab_size,
+        z_loss=train.z_loss,
+        chunk_tokens=train.loss_chunk_tokens,
+    )
+
+
+def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(summed nats, counted tokens) of one batch, without dropout or z-loss."""
+    return _sums(program, params, batch, None)[1], batch.weights.sum()
+
+
+def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """`train_step` under jit, donating the state, with layouts pinned on both sides so that it compiles once."""
+    state, rows, whole = state_shardings(program), batch_sharding(program), program.layout.replicated
+    return jax.jit(
+        partial(train_step, program),
+        in_shardings=(state, Batch(rows, rows, rows)),
+        out_shardings=(state, StepMetrics(*(whole for _ in StepMetrics._fields))),
+        donate_argnums=0,
+    )
+
+
+def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    params, rows, whole = state_shardings(program).params, batch_sharding(program), program.layout.replicated
+    return jax.jit(
+        partial(eval_step, program), in_shardings=(params, Batch(rows, rows, rows)), out_shardings=(whole, whole)
+    )
+
+
+def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
+    return program.layout.sharding(BATCH_DIMS)
+
+
+def put_batch(program: Program, batch: Batch) -> Batch:
+    """The batch on its devices, rows split over data and fsdp."""
+    sharding = batch_sharding(program)
+    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
+
+
+def num_params(program: Program, *, positions: bool = True, padding: bool = True) -> int:
+    """Parameters of the model, optionally without learned positions or without the vocabulary's padding rows."""
+    shapes = jax.eval_shape(partial(_init, program)).params
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    embed, model = shapes["embed"], program.config.model
+    if not positions and "positions" in embed:
+        total -= embed["positions"].size
+    tables = 1 if model.tie_embeddings else 2
+    return total if padding else total - tables * (embed["tokens"].shape[0] - model.vocab_size) * model.embed_dim

@@ -1,0 +1,344 @@
+"""Trains a model: `python -m jaxlm.train --config configs/X.py[:arg] [--config.a.b=v ...] [--workdir DIR]`.
+
+The same command again resumes from the newest checkpoint, bitwise as if it had never stopped. From `main` the gradient is
+four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_and_grad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.config import Config, Problem, UserError, get
+from jaxlm.data.loader import Loader, prefetch
+from jaxlm.generate import write_sample
+from jaxlm.metrics.chips import peak_flops_per_s
+from jaxlm.metrics.flops import flops_per_token
+from jaxlm.metrics.meter import StepMeter
+from jaxlm.metrics.progress import Progress
+from jaxlm.metrics.writer import MetricsLog, write_atomically
+from jaxlm.models.kernels import choose_attention
+from jaxlm.models.presets import PRESETS
+from jaxlm.report import write_report
+from jaxlm.session import Corpus, make_loader, mean_loss, open_corpus, open_program, preflight, with_vocabulary
+from jaxlm.settings import (
+    SCHEMA,
+    Parser,
+    Resolved,
+    from_json,
+    keys_help,
+    load_file,
+    resolve,
+    run_main,
+    shown,
+    split_overrides,
+    to_json,
+)
+from jaxlm.step import (
+    Program,
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    compile_eval,
+    compile_step,
+    init_state,
+    num_params,
+    put_batch,
+)
+
+EXIT_NOT_SAVED, EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 3, 4, 75, 130
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m jaxlm.train",
+        description=__doc__,
+        epilog=keys_help() + "\n\nA config file is Python code and is run: use files you trust.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:arg]", help="the settings to start from")
+    parser.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<config name>)")
+    overrides, others = split_overrides(argv)
+    args = parser.parse_args(others)
+    resolved = resolve(load_file(args.config), overrides=overrides, presets=PRESETS, file=args.config)
+    workdir = args.workdir or Path("runs") / args.config.removesuffix(".py").replace(".py:", "-").rpartition("/")[2]
+    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv])
+
+
+def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
+    """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code."""
+    say = Progress(num_steps=resolved.config.train.num_steps, stream=sys.stdout)
+    preflight(workdir)
+    use_device_settings(resolved.config)
+    corpus = open_corpus(resolved.config, workdir, say.note)
+    config = with_vocabulary(resolved.config, corpus.tokenizer)
+    if config != resolved.config:
+        resolved = Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
+    program = open_program(config)
+    loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+    held_out = make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False) if corpus.held_out else None
+    note_changes(config, workdir, say.note)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals(say.note))
+        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
+        restored = store.restore_latest(abstract_state(program))
+        state = restored.state if restored else init_state(program)
+        start = restored.step if restored else 0
+        step_fn, compile_s, memory_bytes = build(program, state, loader)
+        facts = describe(program, corpus, loader, memory_bytes) | {"command": shlex.join(command)}
+        write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
+        say.note(header(program, facts, workdir, start=start, compile_s=compile_s))
+        log = stack.enter_context(
+            MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=say.note)
+        )
+        progress = stack.enter_context(Progress(num_steps=config.train.num_steps, start_step=start, stream=sys.stdout))
+        loop = Loop(
+            program, step_fn, compile_eval(program), loader, held_out, store, log, progress, stop, make_meter(facts)
+        )
+        state, code = loop.run(state, start)
+    finish(program, state, corpus, workdir, code, say.note)
+    return code
+
+
+@dataclass
+class Loop:
+    """The steps of a run, and what happens between them."""
+
+    program: Program
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+    eval_fn: Callable
+    loader: Loader
+    held_out: Loader | None
+    store: CheckpointStore
+    log: MetricsLog
+    progress: Progress
+    stop: StopSignals
+    meter: StepMeter
+    _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
+
+    def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Steps start+1 .. train.num_steps. Returns the last state and the exit code.
+
+        The metrics of a step are read after the next step is dispatched, so the device never waits for the host. When
+        a step is due for more, the order is: its metrics, evaluation, save. A checkpoint of step k then implies that
+        every record up to k is on disk, and a run that is killed between any two of these resumes without a gap.
+        """
+        train = self.program.config.train
+        save_every = self.program.config.checkpoint.every_steps
+        with (
+            prefetch(
+                self._batch, start=start, stop=train.num_steps, depth=self.program.config.data.prefetch
+            ) as batches,
+            jax.transfer_guard("disallow"),
+        ):
+            self.meter.start(time_s=time.monotonic())
+            for step, (batch, wait_s) in zip(range(start + 1, train.num_steps + 1), batches):
+                state, metrics = self.step_fn(state, batch)
+                self._read_pending()
+                self._pending = (step, metrics, wait_s)
+                last = step == train.num_steps or self.stop.exit_code is not None
+                evaluates = step == train.num_steps or (train.eval_every > 0 and step % train.eval_every == 0)
+                saves = last or (save_every > 0 and step % save_every == 0)
+                if evaluates or saves:
+                    self._read_pending()
+                    if evaluates:
+                        self._evaluate(step, state)
+                    if saves:
+                        self._save(step, state)
+                    self.meter.start(time_s=time.monotonic())
+                self._announce_commits()
+                if last:
+                    break
+        self.store.wait()
+        self._announce_commits()
+        saved = self.store.committed_step == max(start, int(jax.device_get(state.step)))
+        return state, self.stop.exit_code or (0 if saved else EXIT_NOT_SAVED)
+
+    def _batch(self, index: int) -> Any:
+        return put_batch(self.program, self.loader.batch(index))
+
+    def _read_pending(self) -> None:
+        """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
+        if self._pending is None:
+            return
+        (step, metrics, wait_s), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        config = self.program.config
+        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s)
+        skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
+        if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
+            record = {"step": step} | values | {"tokens": step * config.train.batch_size * config.train.seq_len}
+            record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
+            self.log.write(record)
+            self.progress.update(record)
+        if streak:
+            self.progress.note(f"step {step}: loss or gradient not finite, update dropped ({streak} in a row)")
+        if streak >= config.train.max_nonfinite_steps:
+            raise UserError(
+                Problem(
+                    f"step {step}: train.max_nonfinite_steps={config.train.max_nonfinite_steps} reached",
+                    f"loss or gradient was not finite {streak} steps in a row; the last good update was step {step - streak}",
+                    f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}",
+                ),
+                exit_code=EXIT_DIVERGED,
+            )
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        if self.held_out is None:
+            return
+        whole = self.held_out.num_batches or 0
+        count = min(whole, self.program.config.train.eval_batches or whole)
+        rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
+        record = {"step": step, "eval_loss": mean_loss(self.eval_fn, state.params, rows)}
+        self.log.write(record)
+        self.progress.note(f"step {step}: eval loss {record['eval_loss']!r}")
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.log.flush()
+        self.store.save(step, state, metadata={"jax": jax.__version__})
+
+    def _announce_commits(self) -> None:
+        for save in self.store.poll():
+            if save.error is None:
+                self.progress.note(f"step {save.step}: checkpoint committed in {save.duration_s:.2f} s")
+            else:
+                self.progress.note(f"step {save.step}: ERROR, checkpoint not saved: {save.error}")
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; a second Ctrl-C leaves at once."""
+
+    def __init__(self, note: Callable[[str], None]):
+        self.exit_code: int | None = None
+        self._note = note
+
+    def __enter__(self) -> StopSignals:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.exit_code is not None:
+            os._exit(EXIT_INTERRUPTED)
+        self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+        self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
+
+
+def use_device_settings(config: Config) -> None:
+    """What must be set before jax takes hold of a device: memory share, compilation cache."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
+    if config.train.compilation_cache:
+        folder = Path(config.train.compilation_cache).expanduser()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def build(program: Program, state: TrainState, loader: Loader) -> tuple[Callable, float, int | None]:
+    """(the compiled step, seconds it took, bytes a device needs for it or None where XLA does not say)."""
+    begin = time.monotonic()
+    compiled = compile_step(program).lower(state, put_batch(program, loader.batch(0))).compile()
+    memory = compiled.memory_analysis()
+    needed = None
+    if memory is not None:
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, time.monotonic() - begin, needed
+
+
+def describe(program: Program, corpus: Corpus, loader: Loader, memory_bytes: int | None) -> dict[str, Any]:
+    """Facts of this run for config.json, the header and the report."""
+    config, device = program.config, jax.devices()[0]
+    model, train = config.model, config.train
+    shape: dict[str, Any] = dict(
+        num_nonpositional_params=num_params(program, positions=False), num_layers=model.num_layers,
+        num_heads=model.num_heads, head_dim=model.head_dim, seq_len=train.seq_len,
+    )  # fmt: skip
+    step_tokens = train.batch_size * train.seq_len
+    return {
+        "parameters": num_params(program, padding=False),
+        "parameters_padded": num_params(program),
+        "attention": str(choose_attention(model, program.layout.platform)),
+        "devices": jax.device_count(),
+        "device_kind": device.device_kind,
+        "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
+        "jax": jax.__version__,
+        "tokens_per_step": step_tokens,
+        "training_tokens": corpus.num_tokens,
+        "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),
+        "memory_bytes_per_device": memory_bytes,
+        "flops_per_token": flops_per_token(**shape),
+        "flops_per_token_causal": flops_per_token(**shape, causal=True),
+    }
+
+
+def header(program: Program, facts: dict, workdir: Path, *, start: int, compile_s: float) -> str:
+    m, t = program.config.model, program.config.train
+    mesh = " x ".join(f"{axis}={n}" for axis, n in facts["mesh"].items()) or "one device"
+    memory = facts["memory_bytes_per_device"]
+    lines = (
+        ("run", f"{workdir}  " + (f"resumes after step {start}" if start else "starts at step 0")),
+        ("devices", f"{facts['devices']} x {facts['device_kind']}, {mesh}, jax {facts['jax']}"),
+        ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
+        ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
+        ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
+        ("attention", facts["attention"]),
+        ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
+        ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
+        ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),
+        ("compiled", f"in {compile_s:.1f} s"),
+    )  # fmt: skip
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def make_meter(facts: dict) -> StepMeter:
+    return StepMeter(
+        tokens_per_step=facts["tokens_per_step"],
+        flops_per_token=facts["flops_per_token"],
+        peak_flops_per_s=peak_flops_per_s(facts["device_kind"]),
+        num_devices=facts["devices"],
+    )
+
+
+def note_changes(config: Config, workdir: Path, note: Callable[[str], None]) -> None:
+    """Says which settings differ from those of the last start in this workdir."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        return
+    before = from_json(path.read_text())
+    for key in SCHEMA:
+        old, new = get(before, key), get(config, key)
+        if old != new:
+            note(f"changed since the last start: {key} {shown(old)} -> {shown(new)}")
+
+
+def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
+    """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
+    sample, log = None, program.config.log
+    if code:
+        note("saved; the same command goes on from here")
+    elif log.sample_tokens:
+        sample = write_sample(
+            program, state.params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
+            temperature=0.8, top_k=50, seed=program.config.train.seed,
+        )  # fmt: skip
+        note(f"--- the model's writing ---\n{sample}\n---")
+    note(f"report: {write_report(workdir, sample=sample)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,247 @@
+"""A run that is stopped at any moment and started again is the run that never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxlm import evaluate, generate, train
+from jaxlm.checkpoint.restore import restore_latest
+from jaxlm.config import UserError
+from jaxlm.metrics.writer import read_metrics
+from jaxlm.session import load_config, open_program
+from jaxlm.step import abstract_state
+
+STEPS = 24
+TINY = """
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict(dict(
+        model=dict(num_layers=2, embed_dim=32, num_heads=2, max_seq_len=32, dropout=0.1, vocab_multiple=1),
+        train=dict(num_steps={steps}, batch_size=16, eval_every=6, eval_batches=2, accumulate=2),
+        mesh=dict(data=4, fsdp=2),
+        optim=dict(peak_lr=1e-2, warmup_steps=4),
+        data=dict(path=({text!r},)),
+        checkpoint=dict(every_steps=3),
+        log=dict(tensorboard=False, sample_tokens=8, sample_prompt="the "),
+    ))
+"""
+TIMES = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    words = random.Random(0).choices("the quick brown fox jumps over a lazy dog and runs\n".split(" "), k=4000)
+    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "tiny.py").write_text(TINY.format(steps=STEPS, text=str(folder / "text.txt")))
+    return folder
+
+
+def command(folder: Path, workdir: str, *more: str) -> list[str]:
+    return ["--config", str(folder / "tiny.py"), "--workdir", str(folder / workdir), *more]
+
+
+def start(folder: Path, workdir: str, *more: str) -> subprocess.Popen:
+    args = [sys.executable, "-m", "jaxlm.train", *command(folder, workdir, *more)]
+    return subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """Every record without its times, floats as hex: equal means equal to the last bit."""
+    rows = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(workdir)]
+    return [{k: v.hex() if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+
+def final_state(workdir: Path):
+    program = open_program(load_config(workdir))
+    restored = restore_latest(workdir / "checkpoints", abstract_state(program))
+    assert restored is not None
+    return restored.state
+
+
+def assert_bitwise(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    assert train.main(command(folder, "unbroken")) == 0
+    return folder / "unbroken"
+
+
+def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
+    records = read_metrics(unbroken)
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert set(steps[0]) >= {"step", "loss", "grad_norm", "lr", "tokens", "mfu"} | TIMES
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert [r["step"] for r in records if "eval_loss" in r] == [6, 12, 18, 24]
+    saved = json.loads((unbroken / "config.json").read_text())
+    assert saved["from"]["model.vocab_size"] == "derived" and saved["config"]["model"]["vocab_size"] == 257
+    for name in ("report.md", "loss.png", "summary.json"):
+        assert (unbroken / name).stat().st_size > 500
+    assert sorted(int(p.name) for p in (unbroken / "checkpoints").iterdir()) == [18, 21, 24]
+    assert train.main(["--config", str(unbroken.parent / "tiny.py"), "--workdir", str(unbroken)]) == 0
+    assert read_metrics(unbroken) == records
+
+
+@pytest.mark.parametrize(
+    "moment", [0.3, pytest.param(0.0, marks=pytest.mark.nightly), pytest.param(0.7, marks=pytest.mark.nightly)]
+)
+def test_killed_at_a_random_moment_and_rerun_equals_the_unbroken_run_to_the_last_bit(folder, unbroken, moment):
+    name = f"killed-{moment}"
+    child = start(folder, name)
+    for line in child.stdout:
+        if "checkpoint committed" in line:
+            break
+    time.sleep(moment * random.random())
+    child.kill()
+    child.wait()
+    assert 0 < len(read_metrics(folder / name)) < len(read_metrics(unbroken))
+    assert train.main(command(folder, name)) == 0
+    assert numbers(folder / name) == numbers(unbroken)
+    assert_bitwise(final_state(folder / name), final_state(unbroken))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_and_the_rerun_loses_no_step(folder, unbroken, number, code):
+    name = f"signal-{code}"
+    child = start(folder, name, "--config.checkpoint.every_steps=0")
+    seen = []
+    for line in child.stdout:
+        seen.append(line)
+        if line.startswith("step 2/"):
+            child.send_signal(number)
+    assert child.wait() == code, "".join(seen)
+    last = read_metrics(folder / name)[-1]["step"]
+    assert 2 <= last < STEPS and any(f"step {last}: checkpoint committed" in line for line in seen)
+    assert train.main(command(folder, name, "--config.checkpoint.every_steps=0")) == 0
+    assert numbers(folder / name) == numbers(unbroken)
+
+
+def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbroken):
+    program = open_program(tiny.replace(load_config(unbroken), model=dict(scan_layers=True)))
+    restored = restore_latest(unbroken / "checkpoints", abstract_state(program))
+    assert_bitwise(restored.state, final_state(unbroken))
+    # two halves, the second scanned: whole and killed-and-resumed are the same run
+    for name, stops in (("whole", [12, STEPS]), ("broken", [12, 18, STEPS])):
+        for stop in stops:
+            scan = [] if stop == 12 else ["--config.model.scan_layers=true"]
+            signal_at(folder, name, stop, scan)
+    assert numbers(folder / "whole") == numbers(folder / "broken")
+    assert_bitwise(final_state(folder / "whole"), final_state(folder / "broken"))
+    a, b = ([r["loss"] for r in read_metrics(w) if "loss" in r] for w in (folder / "whole", unbroken))
+    np.testing.assert_allclose(a, b, rtol=1e-4)  # f32 reordering, grown over 12 steps at a rate of about 2 a step
+
+
+def signal_at(folder, name, stop, more):
+    """Trains until `stop` and leaves as on SIGTERM, in this process."""
+
+    def stopping(self, step, state):
+        save(self, step, state)
+        if step == stop and stop < STEPS:
+            signal.raise_signal(signal.SIGTERM)
+
+    save = train.Loop._save
+    train.Loop._save = stopping
+    try:
+        code = train.main(command(folder, name, *more))
+    finally:
+        train.Loop._save = save
+    assert code == (0 if stop == STEPS else 75)
+
+
+def test_five_bad_steps_in_a_row_end_the_run_with_exit_4_and_no_bad_state(folder):
+    child = start(
+        folder,
+        "diverged",
+        "--config.optim.peak_lr=1e38",
+        "--config.optim.warmup_steps=0",
+        "--config.checkpoint.every_steps=1",
+    )
+    out, _ = child.communicate()
+    assert child.returncode == 4 and "Traceback" not in out and "5 steps in a row" in out, out
+    state = final_state(folder / "diverged")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(folder, monkeypatch):
+    order = []
+    get, build = jax.device_get, train.build
+
+    def recording_build(*args):
+        step_fn, *rest = build(*args)
+        return (lambda *a: (order.append("dispatch"), step_fn(*a))[1], *rest)
+
+    monkeypatch.setattr(train, "build", recording_build)
+    monkeypatch.setattr(
+        jax, "device_get", lambda x: (order.append("read") if isinstance(x, train.StepMetrics) else None, get(x))[1]
+    )
+    quiet = [
+        "--config.train.num_steps=5",
+        "--config.checkpoint.every_steps=0",
+        "--config.train.eval_every=0",
+        "--config.log.sample_tokens=0",
+    ]
+    assert train.main(command(folder, "order", *quiet)) == 0
+    assert order == ["dispatch", *["dispatch", "read"] * 4, "read"]
+
+
+def test_evaluate_and_generate_read_a_workdir(folder, unbroken, capsys):
+    assert evaluate.main(["--workdir", str(unbroken), "--json"]) == 0
+    held_out = json.loads(capsys.readouterr().out)
+    assert held_out["step"] == STEPS and held_out["eval_loss"] < 3
+    assert (
+        evaluate.main(["--workdir", str(unbroken), "--input", str(folder / "text.txt"), "--json", "--step", "18"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["step"] == 18
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert (
+            generate.main(["--workdir", str(unbroken), "--prompt", "the ", "--max-new-tokens", "60", "--seed", seed])
+            == 0
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("the ")
+
+
+def test_greedy_generation_takes_the_likeliest_token_of_the_whole_context(unbroken):
+    program = open_program(load_config(unbroken))
+    params = final_state(unbroken).params
+    prompt = list(b"the quick brown ")
+    out = generate.generate(program, params, prompt, max_new_tokens=20, temperature=0)
+    ids = prompt + out
+    logits = jax.jit(lambda params, tokens: program.model(params).logits(program.model(params).hidden(tokens)))
+    for i in range(len(prompt), len(ids)):
+        seen = ids[max(0, i - 32) : i]
+        context = np.zeros((8, 32), np.int32)
+        context[:, : len(seen)] = seen
+        assert int(np.argmax(logits(params, context)[0, len(seen) - 1])) == ids[i]
+
+
+@pytest.mark.parametrize(
+    ("tool", "argv", "part"),
+    [
+        (train, ["--confg", "x.py"], "--config"),
+        (train, ["--config", "configs/none.py"], "no file"),
+        (generate, ["--workdir", "/nowhere"], "not a run"),
+        (evaluate, ["--workdir", "/nowhere", "--json"], "not a run"),
+    ],
+)
+def test_mistakes_are_three_lines(tool, argv, part):
+    with pytest.raises(UserError, match=part) as caught:
+        tool.main(argv)
+    assert caught.value.exit_code == 2
