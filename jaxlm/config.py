@@ -39,7 +39,7 @@ class ModelConfig:
     activation: Literal["gelu", "swiglu"] = setting("gelu", "MLP: tanh-approximated GELU, or SiLU-gated")
     use_bias: bool = setting(True, "bias vectors in attention and MLP")
     tie_embeddings: bool = setting(True, "the head is the token embedding")
-    dropout: float = setting(0.0, "probability of zeroing an activation: embedding, attention output, MLP output")
+    dropout: float = setting(0.0, "probability of zeroing: embeddings, attention weights, both branches' outputs")
     init_std: float = setting(
         0.02, "standard deviation of initial weights; projections into the residual get /sqrt(2*layers)"
     )

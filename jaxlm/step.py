@@ -85,7 +85,7 @@ def make_program(config: Config, layout: Layout) -> Program:
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
     schedule = make_schedule(config.optim, config.train.num_steps)
-    optimizer = make_optimizer(config.optim, schedule=schedule, roles=roles)
+    optimizer = make_optimizer(config.optim, schedule=schedule, roles=roles, dims=dims)
     return Program(config, layout, graph, dims, roles, schedule, optimizer)
 
 

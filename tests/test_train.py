@@ -41,7 +41,8 @@ TIMES = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    words = random.Random(0).choices("the quick brown fox jumps over a lazy dog and runs\n".split(" "), k=4000)
+    vocabulary = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs\n"]
+    words = random.Random(0).choices(vocabulary, k=4000)
     (folder / "text.txt").write_text(" ".join(words))
     (folder / "tiny.py").write_text(TINY.format(steps=STEPS, text=str(folder / "text.txt")))
     return folder

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
+from jaxlm.models.embed import dropout
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.params import use, vector, weight
 from jaxlm.models.position import alibi_bias, rotate
@@ -32,7 +35,8 @@ class Attention(nnx.Module):
         self.value_bias = vector((K, H), "kv_heads head", role="bias") if model.use_bias else None
         self.out_bias = vector((D,), "embed", role="bias") if model.use_bias else None
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on."""
         q_BTNH = self._heads(x_BTD, self.query, self.query_bias, "heads")
         k_BSKH = self._heads(x_BTD, self.key, self.key_bias, "kv_heads")
         v_BSKH = checkpoint_name(self._heads(x_BTD, self.value, self.value_bias, "kv_heads"), "value")
@@ -41,7 +45,8 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         bias = alibi_bias(self.model.num_heads, x_BTD.shape[1]) if self.model.position == "alibi" else None
         kernel = choose_attention(self.model, self.layout.platform).kernel
-        context_BTNH = checkpoint_name(kernel.run(q_BTNH, k_BSKH, v_BSKH, bias), "attn_context")
+        drop = None if key is None else partial(dropout, rate=self.model.dropout, key=key)
+        context_BTNH = checkpoint_name(kernel.run(q_BTNH, k_BSKH, v_BSKH, bias, drop), "attn_context")
         y_BTD = jnp.einsum("btnh,nhd->btd", context_BTNH, use(self.out, self.model.dtype, self.layout))
         return y_BTD if self.out_bias is None else y_BTD + self.out_bias[...].astype(y_BTD.dtype)
 

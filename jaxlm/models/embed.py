@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with entries zeroed at `rate` and the rest scaled by 1/(1-rate); `x` itself without a key."""
     if key is None or rate == 0:
         return x

@@ -31,11 +31,11 @@ class Block(nnx.Module):
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-        ka, km = (None, None) if key is None else jax.random.split(key)
-        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"))
-        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, self.rate, ka), "attn_out")
+        kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
+        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw)
+        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka), "attn_out")
         y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
-        return x_BTD + checkpoint_name(dropout(y_BTD, self.rate, km), "mlp_out")
+        return x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=km), "mlp_out")
 
 
 class GPT(nnx.Module):
@@ -53,10 +53,8 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the head reads, [B, T, D] in the compute dtype. With a key, dropout is on; each layer folds in its index."""
-        x_BTD = self.embed(tokens_BT)
-        x_BTD = dropout(
-            x_BTD, self.model.dropout, None if key is None else jax.random.fold_in(key, self.model.num_layers)
-        )
+        ke = None if key is None else jax.random.fold_in(key, self.model.num_layers)
+        x_BTD = dropout(self.embed(tokens_BT), rate=self.model.dropout, key=ke)
         graph = nnx.split(self.layers[0])[0]
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]

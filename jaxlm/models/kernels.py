@@ -1,4 +1,4 @@
-# Dims: B batch, T query position, S key position, N heads, K kv heads, H head width.
+# Dims: B batch, T query position, S key position, N heads, K kv heads, G heads of one kv head, H head width.
 """Kernels an operation can run on, in order of preference; each says whether it serves a call, and if not, why.
 
 A kernel named in the config is used or refused with its reason; `auto` takes the first that serves and reports the
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig, Problem, UserError
 
@@ -21,7 +20,8 @@ from jaxlm.config import ModelConfig, Problem, UserError
 class Kernel:
     """An implementation of causal attention.
 
-    run: (q_BTNH, k_BSKH, v_BSKH, bias f32[1, N, T, S] or None) -> context_BTNH, scaled by 1/sqrt(H).
+    run: (q_BTNH, k_BSKH, v_BSKH, bias f32[1, N, T, S] or None, dropout) -> context_BTNH, logits scaled by 1/sqrt(H).
+      dropout: a function applied to the attention weights, or None.
     refuses: (model config, platform) -> None if it serves, else the reason.
     """
 
@@ -39,10 +39,28 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(self.passed_over)})" if self.passed_over else "")
 
 
-def _dot_product(implementation: Any, q_BTNH, k_BSKH, v_BSKH, bias_1NTS) -> jax.Array:
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, bias=bias_1NTS, is_causal=True, implementation=implementation
-    )  # fmt: skip
+Dropout = Callable[[jax.Array], jax.Array] | None
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, dropout: Dropout) -> jax.Array:
+    assert bias_1NTS is None and dropout is None
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, dropout: Dropout) -> jax.Array:
+    if dropout is None:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, bias=bias_1NTS, is_causal=True, implementation="xla"
+        )  # fmt: skip
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    if bias_1NTS is not None:
+        logits_BKGTS += bias_1NTS.reshape(1, K, N // K, T, T)
+    logits_BKGTS = jnp.where(jnp.tri(T, dtype=bool), logits_BKGTS, -jnp.inf)
+    weights_BKGTS = dropout(jax.nn.softmax(logits_BKGTS, axis=-1)).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
 
 
 def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
@@ -54,12 +72,14 @@ def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
         return f"head width {model.head_dim} is not a multiple of 8"
     if model.position == "alibi":
         return "its backward writes a full-size gradient of the ALiBi bias"
+    if model.dropout > 0:
+        return "jax gives it no dropout of attention weights"
     return None
 
 
 ATTENTION = (
-    Kernel("cudnn", partial(_dot_product, "cudnn"), _cudnn_refuses),
-    Kernel("xla", partial(_dot_product, "xla"), lambda model, platform: None),
+    Kernel("cudnn", _cudnn, _cudnn_refuses),
+    Kernel("xla", _xla, lambda model, platform: None),
 )
 
 

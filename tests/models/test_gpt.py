@@ -8,9 +8,11 @@ import tiny
 from flax import nnx
 
 from jaxlm.config import REMAT_NAMES, Config, ModelConfig, derived
+from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
+from jaxlm.models.kernels import choose_attention
 from jaxlm.models.loss import cross_entropy_sums
-from jaxlm.models.position import alibi_slopes
+from jaxlm.models.position import alibi_bias, alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
 
 
@@ -115,6 +117,30 @@ def test_every_remat_name_is_emitted_and_documented(family):
         if e.primitive.name == "name"
     }
     assert names == set(REMAT_NAMES) - (set() if m.activation == "swiglu" else {"mlp_gate"})
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_attention_that_drops_nothing_is_the_attention_without_dropout(family):
+    m = tiny.config(family).model
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, 16, n, 4)) for i, n in enumerate((6, m.num_kv_heads, m.num_kv_heads))
+    )
+    bias = alibi_bias(6, 16) if m.position == "alibi" else None
+    run = choose_attention(m, "cpu").kernel.run
+    got, want = run(q, k, v, bias, lambda weights: weights), run(q, k, v, bias, None)
+    # sums of 4 and of 16 terms and one softmax in f32
+    np.testing.assert_allclose(got, want, rtol=0, atol=32 * 2**-24 * np.abs(want).max())
+    halved = run(q, k, v, bias, lambda weights: weights / 2)
+    np.testing.assert_allclose(2 * halved, got, rtol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_zeroes_its_share():
+    x = jnp.ones((200, 500))
+    y = np.asarray(dropout(x, rate=0.2, key=jax.random.key(0)))
+    assert set(np.unique(y)) == {0, np.float32(1.25)}
+    # 10^5 draws: the share of zeros is 0.2 with a standard error of 0.0013; five of those
+    assert abs((y == 0).mean() - 0.2) < 5 * 0.0013
+    assert dropout(x, rate=0.2, key=None) is x
 
 
 def test_alibi_slopes_follow_the_paper_and_blooms_order():

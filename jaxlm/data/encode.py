@@ -1,0 +1,149 @@
+"""Documents to token sets: each chunk is encoded on its own, here or in worker processes, and written in order."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Problem, UserError
+from jaxlm.data.documents import Chunk, parse
+from jaxlm.data.indexed import IndexedWriter
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+
+CHUNKS_PER_WORKER = 3  # read ahead of the writer; bounds memory
+BAD_LINES_KEPT = 20
+
+
+class Encoded(NamedTuple):
+    """A chunk's documents, for each key: tokens end to end, int32[n], and their counts, int64[documents], none 0."""
+
+    path: str
+    text_bytes: int
+    tokens: list[np.ndarray]
+    lengths: list[np.ndarray]
+    num_empty: int
+    bad_lines: list[tuple[int, str]]
+
+
+@dataclass
+class Totals:
+    """What went into the sets; documents, tokens and empty ones are counted over all keys."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0  # of uncompressed input
+    empty: int = 0  # documents without a token, dropped
+    bad: int = 0
+    bad_lines: list[str] = field(default_factory=list)  # the first of them
+
+
+def write_documents(
+    chunks: Iterable[Chunk],
+    *,
+    writers: dict[str, IndexedWriter],
+    tokenizer: Tokenizer,
+    append_eod: bool,
+    workers: int,
+    max_bad_lines: int,
+    bad_lines_remedy: str,
+    on_progress: Callable[[Totals], object],
+) -> Totals:
+    """Encode chunks and append each document to the writer of its key; the result does not depend on `workers`.
+
+    Empty documents are dropped. A line without text is skipped and counted.
+    Raises: UserError past `max_bad_lines` such lines, with `bad_lines_remedy` as what to do.
+    """
+    totals = Totals()
+    keys = tuple(writers)
+    for encoded in _encode_all(chunks, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
+        for number, reason in encoded.bad_lines:
+            totals.bad += 1
+            if totals.bad > max_bad_lines:
+                rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
+                raise UserError(Problem(f"{encoded.path}, line {number}", rule, bad_lines_remedy))
+            if totals.bad <= BAD_LINES_KEPT:
+                totals.bad_lines.append(f"{encoded.path}, line {number}: {reason}")
+        for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
+            writer.add_documents(tokens, lengths=lengths)
+            totals.documents += len(lengths)
+            totals.tokens += len(tokens)
+        totals.empty += encoded.num_empty
+        totals.text_bytes += encoded.text_bytes
+        on_progress(totals)
+    return totals
+
+
+def encode_chunk(chunk: Chunk, *, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> Encoded:
+    """Parse and tokenize one chunk. Raises: UserError for a plain file that is not UTF-8."""
+    parsed = parse(chunk, keys=keys)
+    end = [np.array([tokenizer.eod], np.int32)] if append_eod else []
+    tokens, lengths, num_empty = [], [], 0
+    for texts in parsed.texts:
+        documents = [ids for ids in tokenizer.encode_batch(texts) if len(ids)]
+        num_empty += len(texts) - len(documents)
+        parts = [part for ids in documents for part in (ids, *end)]
+        tokens.append(np.concatenate([np.zeros(0, np.int32), *parts]))
+        lengths.append(np.array([len(ids) + len(end) for ids in documents], np.int64))
+    return Encoded(chunk.path, len(chunk.data), tokens, lengths, num_empty, parsed.bad_lines)
+
+
+def _encode_all(
+    chunks: Iterable[Chunk], *, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, workers: int
+) -> Iterator[Encoded]:
+    """Encoded chunks in the order of the chunks. One worker is this process."""
+    if workers == 1:
+        for chunk in chunks:
+            yield encode_chunk(chunk, tokenizer=tokenizer, keys=keys, append_eod=append_eod)
+        return
+    encode = functools.partial(_encode_in_worker, spec=tokenizer.spec, keys=keys, append_eod=append_eod)
+    # spawn: a forked child would inherit locks of this process's threads in whatever state they are
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(encode, chunk))
+            if len(pending) >= workers * CHUNKS_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        rule = "a worker process died; the kernel kills where memory runs out"
+        remedy = "use fewer --workers, or split very long documents"
+        raise UserError(Problem(f"{workers} workers", rule, remedy)) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """End with the parent, even if it is killed; leave Ctrl-C to it; use one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk, *, spec: str, keys: tuple[str, ...], append_eod: bool) -> Encoded:
+    return encode_chunk(chunk, tokenizer=_load_once(spec), keys=keys, append_eod=append_eod)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(spec: str) -> Tokenizer:
+    return load_tokenizer(spec)

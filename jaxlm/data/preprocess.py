@@ -1,0 +1,135 @@
+"""The command that tokenizes files into Megatron's .bin/.idx sets, one set a JSON key.
+
+    python -m jaxlm.data.preprocess --input corpus.jsonl.zst --output-prefix sets/corpus \\
+        --tokenizer gpt2:gpt2 --append-eod --workers 8        writes sets/corpus_text_document.{bin,idx}
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import ExitStack
+
+from jaxlm.config import Problem, UserError
+from jaxlm.data.documents import expand, read_chunks
+from jaxlm.data.encode import Totals, write_documents
+from jaxlm.data.indexed import IndexedWriter, optimal_dtype, set_paths
+from jaxlm.data.progress import Progress
+from jaxlm.data.tokenizer import load_tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    result = argparse.ArgumentParser(
+        prog="python -m jaxlm.data.preprocess",
+        description="Tokenize text into Megatron .bin/.idx sets: PREFIX_KEY_document.bin and .idx for each JSON key. "
+        "A .jsonl, .ndjson or .json file holds one JSON object a line and a document in each; any other file is one "
+        "document of UTF-8 text, held in memory. .gz and .zst are decompressed. Empty documents are dropped. Files "
+        "appear only when complete. The result does not depend on --workers. "
+        "Exit codes: 0 written; 2 bad input, options or environment; 130 interrupted. Nothing is written but with 0.",
+    )
+    add = result.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="source files or globs, in this order")
+    add("--output-prefix", required=True, metavar="PREFIX", help="start of the paths to write; folders are made")
+    kinds = "bytes | chars:FILE | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE"
+    add("--tokenizer", required=True, metavar="SPEC", help=kinds)
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields to tokenize (default: text)")
+    add("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document token")
+    add("--workers", type=int, default=usable, metavar="N", help=f"processes that tokenize (default: CPUs, {usable})")
+    skip = "lines without JSON or the keys that are skipped and listed; one more is an error (default: 0)"
+    add("--max-bad-lines", type=int, default=0, metavar="N", help=skip)
+    add("--overwrite", action="store_true", help="replace sets that exist")
+    return result
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Write the sets and return a report of them, in lines. Raises: UserError; nothing is written then."""
+    prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
+    _check(options, list(prefixes.values()))
+    files = expand(tuple(options.input), setting="--input")
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.append_eod and tokenizer.eod is None:
+        rule = f"tokenizer {tokenizer.spec} has no end-of-document token"
+        raise UserError(Problem("--append-eod", rule, "leave the option out, or use another tokenizer"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
+    total_bytes = sum(os.path.getsize(path) for path in files)
+    progress = Progress(total_bytes=total_bytes, log=_to_stderr, bar=sys.stderr.isatty())
+    with ExitStack() as stack:
+        stack.callback(progress.close)
+        dtype = optimal_dtype(tokenizer.vocab_size)
+        writers = {key: stack.enter_context(IndexedWriter(prefix, dtype=dtype)) for key, prefix in prefixes.items()}
+        totals = write_documents(
+            (chunk for path in files for chunk in read_chunks(path, on_read=progress.read)),
+            writers=writers,
+            tokenizer=tokenizer,
+            append_eod=options.append_eod,
+            workers=options.workers,
+            max_bad_lines=options.max_bad_lines,
+            bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
+            on_progress=lambda t: progress.written(documents=t.documents, tokens=t.tokens, text_bytes=t.text_bytes),
+        )
+        if totals.tokens == 0:
+            remedy = "check --input and --json-keys"
+            raise UserError(Problem(f"--input {' '.join(options.input)}", "holds no text", remedy))
+    return _report(totals, writers, progress.elapsed_s)
+
+
+def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
+    problems = []
+    if options.workers < 1:
+        problems.append(Problem(f"--workers {options.workers}", "must be at least 1", "use 1 or more"))
+    if options.max_bad_lines < 0:
+        problems.append(Problem(f"--max-bad-lines {options.max_bad_lines}", "must be at least 0", "use 0 or more"))
+    for key in options.json_keys:
+        if "/" in key or not key:
+            rule = "becomes part of a file name and cannot be empty or hold a slash"
+            problems.append(Problem(f"--json-keys {key!r}", rule, "rename the field in the input"))
+    if len(set(prefixes)) < len(prefixes) or len(set(options.json_keys)) < len(options.json_keys):
+        problems.append(Problem(f"--json-keys {' '.join(options.json_keys)}", "names a key twice", "name it once"))
+    existing = [str(path) for prefix in prefixes for path in set_paths(prefix) if path.exists()]
+    if existing and not options.overwrite:
+        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
+        problems.append(Problem(f"--output-prefix {options.output_prefix}", f"{existing[0]} exists", remedy))
+    if problems:
+        raise UserError(*problems)
+
+
+def _report(totals: Totals, writers: dict[str, IndexedWriter], elapsed_s: float) -> list[str]:
+    lines = [f"skipped: {line}" for line in totals.bad_lines]
+    if totals.bad > len(totals.bad_lines):
+        lines.append(f"skipped: {totals.bad - len(totals.bad_lines):,} more bad lines")
+    if totals.empty:
+        lines.append(f"dropped {totals.empty:,} empty documents")
+    for writer in writers.values():
+        counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype.name}"
+        lines.append(f"wrote {writer.prefix}.bin and .idx: {counts}")
+    megabytes = totals.text_bytes / 1e6
+    lines.append(f"{megabytes:.1f} MB of text in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):.2f} MB/s")
+    return lines
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        print("\n".join(run(options)))
+    except UserError as error:
+        _to_stderr(str(error))
+        return error.exit_code
+    except OSError as error:
+        where = f"{error.filename or options.output_prefix}"
+        _to_stderr(str(Problem(where, f"{error.strerror}", "check the disk and permissions")))
+        return 2
+    except KeyboardInterrupt:
+        _to_stderr("interrupted; nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

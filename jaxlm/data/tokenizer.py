@@ -1,0 +1,312 @@
+"""Text to token ids and back: one protocol, six kinds, named by a spec such as `gpt2:DIR`.
+
+Text is text: a document that spells out `<|endoftext|>` gets the ids of those characters, never the special id, so
+that no document can end itself. Nothing is added at the start or the end; who writes documents appends `eod`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from jaxlm.config import Problem, UserError
+
+EOD_TEXT = "<|endoftext|>"
+# End-of-document tokens of published tokenizer.json files; the first one present is taken.
+EOD_NAMES = (EOD_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
+
+
+class Tokenizer(Protocol):
+    """Ids are int32 in [0, vocab_size)."""
+
+    spec: str  # load_tokenizer(spec) gives an equal tokenizer, in any process with the same working directory
+    vocab_size: int
+    eod: int | None  # marks the end of a document
+    files: tuple[str, ...]  # what it was read from
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one text, int32[n]. Raises: UserError if the text has an unpaired surrogate."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, as `encode` gives them; the texts must be encodable as UTF-8."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids; bytes that are not UTF-8 become U+FFFD, ids that do not exist become that or nothing."""
+        ...
+
+
+class _Encoding:
+    """`encode` from `encode_batch`."""
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            rule = f"holds {text[error.start]!r}, half of a surrogate pair, which is not a character"
+            remedy = "remove it, or replace it by U+FFFD"
+            raise UserError(Problem(f"text, character {error.start}", rule, remedy)) from None
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+
+class ByteTokenizer(_Encoding):
+    """The bytes of UTF-8 are the ids; 256 ends a document."""
+
+    spec = "bytes"
+    vocab_size = 257
+    eod: int | None = 256
+    files: tuple[str, ...] = ()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        symbols = {256: EOD_TEXT.encode(), **{byte: bytes((byte,)) for byte in range(256)}}
+        return b"".join(symbols.get(i, b"\xff") for i in _integers(ids)).decode(errors="replace")
+
+
+class CharTokenizer(_Encoding):
+    """Each character of a fixed vocabulary is an id; nothing ends a document."""
+
+    eod: int | None = None
+
+    def __init__(self, chars: str, *, spec: str, files: tuple[str, ...] = ()):
+        self.chars = chars
+        self.spec = spec
+        self.files = files
+        self.vocab_size = len(chars)
+        codes = _codepoints(chars)
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last stands for all above
+        self._ids[codes] = np.arange(len(chars), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self._ids[np.minimum(_codepoints(text), len(self._ids) - 1)]
+        if (ids < 0).any():
+            char = text[int(np.argmax(ids < 0))]
+            rule = f"does not know {char!r} (U+{ord(char):04X})"
+            remedy = "leave the character out, or build the vocabulary from text that has it"
+            raise UserError(Problem(f"tokenizer {self.spec} of {self.vocab_size} characters", rule, remedy))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.chars[i] if 0 <= i < self.vocab_size else "\ufffd" for i in _integers(ids))
+
+    def to_json(self) -> bytes:
+        """The content of FILE in `chars:FILE`."""
+        return (json.dumps({"chars": list(self.chars)}) + "\n").encode()
+
+
+class FastTokenizer(_Encoding):
+    """A tokenizer of Hugging Face's `tokenizers` library; its threads obey TOKENIZERS_PARALLELISM."""
+
+    def __init__(self, tokenizer: Any, *, spec: str, eod: int, files: tuple[str, ...]):
+        self.spec = spec
+        self.eod: int | None = eod
+        self.files = files
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        tokenizer.no_truncation()  # published tokenizer.json files may cut at 512 tokens
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # the library's name for: special tokens in the text are ordinary text
+        self._tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in _integers(ids) if 0 <= i < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=False)
+
+
+class TiktokenTokenizer(_Encoding):
+    """An encoding that tiktoken knows by name; the library downloads it on first use."""
+
+    files: tuple[str, ...] = ()
+
+    def __init__(self, encoding: Any, *, spec: str):
+        self.spec = spec
+        self.vocab_size = encoding.n_vocab
+        self.eod: int | None = encoding._special_tokens.get(EOD_TEXT)  # eot_token is the same and raises KeyError
+        self._encoding = encoding
+        self._known = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self._encoding.encode_ordinary(text), np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode([i for i in _integers(ids) if i in self._known], errors="replace")
+
+
+class SentencePieceTokenizer(_Encoding):
+    """A sentencepiece model file; its end-of-sentence piece ends a document, if it has one."""
+
+    def __init__(self, processor: Any, *, spec: str, files: tuple[str, ...]):
+        self.spec = spec
+        self.files = files
+        self.vocab_size = processor.vocab_size()
+        self.eod: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
+        self._processor = processor
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([i for i in _integers(ids) if 0 <= i < self.vocab_size])
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that a spec names.
+
+    Raises: UserError for an unknown spec, a file that is missing or malformed, a library that is not installed.
+    """
+    kind, colon, argument = spec.partition(":")
+    if kind not in _LOADERS:
+        near = difflib.get_close_matches(kind, _LOADERS, n=3, cutoff=0.4)
+        known = " | ".join(usage for usage, _ in _LOADERS.values())
+        meant = f"did you mean {' or '.join(_LOADERS[name][0] for name in near)}? " if near else ""
+        raise UserError(Problem(f"tokenizer {spec!r}", "is of no known kind", f"{meant}write one of {known}"))
+    usage, load = _LOADERS[kind]
+    if spec != "chars" and (bool(argument) != (":" in usage) or (colon and not argument)):
+        raise UserError(Problem(f"tokenizer {spec!r}", f"is not of the form {usage}", f"write {usage}"))
+    return load(spec, argument)
+
+
+def build_chars(codes_seen: np.ndarray, *, spec: str, files: tuple[str, ...]) -> CharTokenizer:
+    """The sorted vocabulary of a corpus, from bool[0x110000]: whether each code point occurs."""
+    return CharTokenizer(np.flatnonzero(codes_seen).astype("<u4").tobytes().decode("utf-32-le"), spec=spec, files=files)
+
+
+def mark_codes(codes_seen: np.ndarray, text: str) -> None:
+    """Set `codes_seen`, bool[0x110000], at each code point of `text`."""
+    codes_seen[_codepoints(text)] = True
+
+
+def _codepoints(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _integers(ids: Iterable[int]) -> list[int]:
+    return np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)).astype(np.int64).tolist()
+
+
+def _refuse(spec: str, rule: str, remedy: str) -> NoReturn:
+    raise UserError(Problem(f"tokenizer {spec}", rule, remedy))
+
+
+def _require_file(spec: str, path: Path, remedy: str) -> str:
+    if not path.is_file():
+        _refuse(spec, f"{path} is not a file", remedy)
+    return str(path)
+
+
+def _load_bytes(spec: str, _: str) -> Tokenizer:
+    return ByteTokenizer()
+
+
+def _load_chars(spec: str, argument: str) -> Tokenizer:
+    remedy = "a run with data.tokenizer=chars builds one: WORKDIR/data/chars.json"
+    if not argument:
+        _refuse(spec, "names no vocabulary: plain chars is built from the corpus by a training run", remedy)
+    path = _require_file(spec, Path(argument), remedy)
+    try:
+        chars = json.loads(Path(path).read_bytes())["chars"]
+        sound = all(isinstance(char, str) and len(char) == 1 for char in chars) and len(set(chars)) == len(chars) > 0
+        if sound:
+            return CharTokenizer("".join(chars), spec=spec, files=(path,))
+    except (ValueError, KeyError, TypeError):
+        pass
+    _refuse(spec, 'the file is not {"chars": [...]} with distinct single characters', remedy)
+
+
+def _load_gpt2(spec: str, argument: str) -> Tokenizer:
+    import tokenizers
+
+    remedy = "give the folder that holds GPT-2's vocab.json and merges.txt"
+    vocab, merges = (_require_file(spec, Path(argument) / name, remedy) for name in ("vocab.json", "merges.txt"))
+    try:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    missing = [symbol for symbol in symbols if tokenizer.token_to_id(symbol) is None]
+    if missing:  # the library would drop those bytes without a word
+        _refuse(spec, f"vocab.json lacks {len(missing)} of the 256 byte symbols, such as {missing[0]!r}", remedy)
+    eod = tokenizer.token_to_id(EOD_TEXT)
+    if eod is None:
+        _refuse(spec, f"vocab.json has no {EOD_TEXT}", remedy)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return FastTokenizer(tokenizer, spec=spec, eod=eod, files=(vocab, merges))
+
+
+def _load_hf(spec: str, argument: str) -> Tokenizer:
+    import tokenizers
+
+    remedy = "give the tokenizer.json of a Hugging Face fast tokenizer"
+    path = _require_file(spec, Path(argument), remedy)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
+    eod = next((i for name in EOD_NAMES if (i := tokenizer.token_to_id(name)) is not None), None)
+    if eod is None:
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        found = ", ".join(special) or "none"
+        rule = f"has no end-of-document token under a usual name; its special tokens: {found}"
+        _refuse(spec, rule, f"add one of {' '.join(EOD_NAMES)} to the file's added_tokens")
+    return FastTokenizer(tokenizer, spec=spec, eod=eod, files=(path,))
+
+
+def _load_tiktoken(spec: str, argument: str) -> Tokenizer:
+    tiktoken = _import_extra(spec, "tiktoken")
+    names = tiktoken.list_encoding_names()
+    if argument not in names:
+        near = difflib.get_close_matches(argument, names, n=3, cutoff=0.4) or names
+        _refuse(spec, f"tiktoken has no encoding {argument!r}", f"write one of {', '.join(near)}")
+    try:
+        return TiktokenTokenizer(tiktoken.get_encoding(argument), spec=spec)
+    except Exception as error:  # whatever its download raises
+        remedy = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        raise UserError(Problem(f"tokenizer {spec}", f"tiktoken could not load it: {error}", remedy)) from error
+
+
+def _load_sentencepiece(spec: str, argument: str) -> Tokenizer:
+    sentencepiece = _import_extra(spec, "sentencepiece")
+    remedy = "give a sentencepiece model, usually tokenizer.model"
+    path = _require_file(spec, Path(argument), remedy)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.Load(path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
+    return SentencePieceTokenizer(processor, spec=spec, files=(path,))
+
+
+def _import_extra(spec: str, name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        rule = f"the library {name} is not installed"
+        raise UserError(Problem(f"tokenizer {spec}", rule, f"run: pip install {name}")) from error
+
+
+_LOADERS: dict[str, tuple[str, Callable[[str, str], Tokenizer]]] = {
+    "bytes": ("bytes", _load_bytes),
+    "chars": ("chars:FILE", _load_chars),
+    "gpt2": ("gpt2:DIR", _load_gpt2),
+    "hf": ("hf:FILE.json", _load_hf),
+    "tiktoken": ("tiktoken:NAME", _load_tiktoken),
+    "sentencepiece": ("sentencepiece:FILE", _load_sentencepiece),
+}

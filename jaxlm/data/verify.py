@@ -1,0 +1,82 @@
+"""The command that reads token sets whole and says whether they are sound.
+
+python -m jaxlm.data.verify sets/corpus_text_document --vocab-size 50257
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.config import Problem, UserError
+from jaxlm.data.indexed import IndexedDataset, set_paths
+
+_BLOCK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A sound set."""
+
+    dataset: IndexedDataset
+    max_token: int  # -1 where there is no token
+    bin_sha256: str
+    idx_sha256: str
+
+
+def verify(prefix: str, *, vocab_size: int | None = None) -> Verified:
+    """Read every byte of a set.
+
+    Raises: UserError naming file and offset if index and data disagree with the format or each other, or a token is
+    negative or not below `vocab_size`.
+    """
+    dataset = IndexedDataset(prefix)
+    limit = vocab_size if vocab_size is not None else 2**31
+    digest = hashlib.sha256()
+    max_token = -1
+    for start in range(0, dataset.num_tokens, _BLOCK_TOKENS):
+        block = dataset.tokens[start : start + _BLOCK_TOKENS]
+        digest.update(block.view(np.uint8).data)
+        max_token = max(max_token, int(block.max()))
+        if max_token >= limit or int(block.min()) < 0:
+            position = start + int(np.argmax((block >= limit) | (block < 0)))
+            where = f"{prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
+            rule = f"token id {int(dataset.tokens[position])} is not in [0, {limit})"
+            raise UserError(Problem(where, rule, "tokenize again, or give the vocabulary size the set was made with"))
+    idx_path: Path = set_paths(prefix)[1]
+    with open(idx_path, "rb") as file:
+        idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Verified(dataset, max_token, digest.hexdigest(), idx_sha256)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code: 0 if every set is sound, else 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxlm.data.verify",
+        description="Read token sets whole: header, sizes, offsets, every token. Exit codes: 0 all sound; 2 not.",
+    )
+    parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="path of a set without .bin or .idx")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="every token must be below V (default: 2^31)")
+    options = parser.parse_args(argv)
+    code = 0
+    for prefix in options.prefix:
+        try:
+            found = verify(prefix, vocab_size=options.vocab_size)
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            code = error.exit_code
+            continue
+        dataset = found.dataset
+        counts = f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens"
+        print(f"{prefix}: sound; {counts} of {dataset.dtype.name}, largest id {found.max_token}")
+        print(f"  sha256 .bin {found.bin_sha256}\n  sha256 .idx {found.idx_sha256}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

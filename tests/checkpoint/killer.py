@@ -1,0 +1,34 @@
+"""Child of test_kill.py: resumes, checks what it resumed, then saves every step until it is killed."""
+
+import sys
+import time
+
+from closed_form import abstract, make_state, next_state, same
+
+from jaxlm.checkpoint.store import CheckpointStore
+
+WIDTH = 2**20  # 16 MiB of state: most of the time a save is in flight
+
+
+def main(directory: str) -> None:
+    state = make_state(0, width=WIDTH)
+    with CheckpointStore(directory, keep=2) as store:
+        restored = store.restore_latest(abstract(state))
+        if restored is not None:
+            assert same(restored.state, make_state(restored.step, width=WIDTH)) and restored.metadata == {
+                "step": restored.step
+            }
+            state = restored.state
+        print("resumed", int(state["step"]), flush=True)
+        for step in range(int(state["step"]) + 1, 10**6):
+            state = next_state(state)
+            store.save(step, state, metadata={"step": step})
+            for _ in range(10):  # as many training steps go by, each asking
+                for outcome in store.poll():
+                    assert outcome.error is None, outcome
+                    print("committed", outcome.step, flush=True)
+                time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxlm.config import UserError
+from jaxlm.data import indexed
+from jaxlm.data.atomic import publish
+from jaxlm.data.indexed import DTYPES, IndexedDataset, IndexedWriter, optimal_dtype
+
+QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Documents are lists of sequences; both may be empty.
+DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 120), max_size=6), max_size=3), max_size=6)
+
+
+def write(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype | str = "u2") -> None:
+    with IndexedWriter(prefix, dtype=dtype) as writer:
+        for document in documents:
+            for sequence in document:
+                writer.add_sequence(sequence)
+            writer.end_document()
+
+
+def read(prefix: Path) -> list[list[list[int]]]:
+    dataset = IndexedDataset(prefix)
+    bounds = dataset.document_indices.tolist()
+    return [[dataset[s].tolist() for s in range(a, b)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def golden_files() -> tuple[bytes, bytes]:
+    """Three documents, [[1, 2, 3]], [] and [[4], [5, 65000]], as uint16; built from the format's table alone."""
+    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", 8) + struct.pack("<QQ", 3, 4)
+    index += struct.pack("<3i", 3, 1, 2) + struct.pack("<3q", 0, 6, 8) + struct.pack("<4q", 0, 1, 1, 3)
+    return struct.pack("<6H", 1, 2, 3, 4, 5, 65000), index
+
+
+def test_writer_and_reader_agree_with_the_format_byte_by_byte(tmp_path: Path) -> None:
+    documents = [[[1, 2, 3]], [], [[4], [5, 65000]]]
+    tokens, index = golden_files()
+    write(tmp_path / "ours", documents)
+    assert (tmp_path / "ours.bin").read_bytes() == tokens
+    assert (tmp_path / "ours.idx").read_bytes() == index
+    (tmp_path / "theirs.bin").write_bytes(tokens)
+    (tmp_path / "theirs.idx").write_bytes(index)
+    assert read(tmp_path / "theirs") == documents
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.idx", "theirs.bin", "theirs.idx"]
+
+
+@QUICK
+@given(documents=DOCUMENTS, code=st.sampled_from(sorted(DTYPES)))
+def test_what_is_written_is_read(tmp_path: Path, documents: list[list[list[int]]], code: int) -> None:
+    write(tmp_path / "set", documents, DTYPES[code])
+    assert read(tmp_path / "set") == documents
+    dataset = pickle.loads(pickle.dumps(IndexedDataset(tmp_path / "set")))
+    assert (dataset.dtype, dataset.num_documents) == (DTYPES[code], len(documents))
+    assert dataset.tokens.tolist() == [token for document in documents for sequence in document for token in sequence]
+
+
+@QUICK
+@given(lengths=st.lists(st.integers(0, 5), max_size=8), cut=st.integers(0, 8))
+def test_documents_appended_together_or_one_by_one_are_the_same(tmp_path: Path, lengths: list[int], cut: int) -> None:
+    tokens = np.arange(sum(lengths))
+    ends = np.cumsum([0, *lengths])
+    with IndexedWriter(tmp_path / "one", dtype="u2") as writer:
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            writer.add_document(tokens[start:end])
+    with IndexedWriter(tmp_path / "many", dtype="u2") as writer:
+        middle = ends[min(cut, len(lengths))]
+        writer.add_documents(tokens[:middle], lengths=np.array(lengths[:cut], np.int64))
+        writer.add_documents(tokens[middle:], lengths=np.array(lengths[cut:], np.int64))
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"many.{ending}").read_bytes()
+
+
+@settings(QUICK, max_examples=400)
+@given(data=st.data())
+def test_a_corrupt_index_is_refused_in_three_lines_or_reads_the_same_tokens(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    documents = [[[1, 2, 3]], [[7] * 5], [[4], [5, 65000]]]
+    write(tmp_path / "set", documents)
+    path = tmp_path / "set.idx"
+    index = bytearray(path.read_bytes())
+    if data.draw(st.booleans(), label="truncate or extend"):
+        size = data.draw(st.integers(0, len(index) + 20))
+        index = index[:size].ljust(size, b"\0")
+    else:
+        at = data.draw(st.integers(0, len(index) - 1))
+        index[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(index)
+    try:
+        dataset = IndexedDataset(tmp_path / "set")
+    except UserError as error:
+        assert str(error).count("\n") == 2
+        assert "set.idx" in str(error) or "set.bin" in str(error)
+    else:  # a moved document boundary is as legal as the old one; sequences and tokens are untouched
+        sequences = [sequence for document in documents for sequence in document]
+        assert [dataset[k].tolist() for k in range(len(dataset))] == sequences
+
+
+@pytest.mark.parametrize(
+    ("offset", "replacement", "expected"),
+    [
+        (0, b"TNTIDX\x00\x00", ("byte 0", "TNTIDX")),
+        (0, b"PK\x03\x04", ("byte 0", "MMIDIDX")),
+        (9, b"\x02", ("byte 9", "version is 2")),
+        (17, b"\x07", ("byte 17", "dtype code is 7")),
+        (18, b"\x04", ("byte 102", "has 102 bytes; 4 sequences", "take 114")),
+        (26, b"\x00", ("byte 26", "0 entries")),
+        (38, b"\xff\xff\xff\xff", ("byte 38", "length of sequence 1 is -1")),
+        (54, b"\x07", ("byte 54", "pointer of sequence 1 is 7, not 6")),
+        (70, b"\x01", ("byte 70", "starts with 1")),
+        (78, b"\x02", ("byte 86", "falls from 2 to 1")),
+        (94, b"\x02", ("byte 94", "ends with 2; there are 3")),
+    ],
+)
+def test_an_error_names_file_offset_and_expectation(
+    tmp_path: Path, offset: int, replacement: bytes, expected: tuple[str, ...]
+) -> None:
+    tokens, index = golden_files()
+    (tmp_path / "set.bin").write_bytes(tokens)
+    (tmp_path / "set.idx").write_bytes(index[:offset] + replacement + index[offset + len(replacement) :])
+    with pytest.raises(UserError) as refusal:
+        IndexedDataset(tmp_path / "set")
+    for part in (f"{tmp_path / 'set.idx'}", *expected):
+        assert part in str(refusal.value)
+
+
+def test_a_bin_of_another_size_is_refused(tmp_path: Path) -> None:
+    tokens, index = golden_files()
+    (tmp_path / "set.idx").write_bytes(index)
+    for wrong in (tokens[:-1], tokens + b"\0", b""):
+        (tmp_path / "set.bin").write_bytes(wrong)
+        with pytest.raises(UserError, match=f"has {len(wrong)} bytes; 6 uint16 tokens in set.idx take 12"):
+            IndexedDataset(tmp_path / "set")
+    (tmp_path / "set.bin").unlink()
+    with pytest.raises(UserError, match="is not a file"):
+        IndexedDataset(tmp_path / "set")
+    with pytest.raises(UserError, match=r"without its ending: .*set\n?$"):
+        IndexedDataset(tmp_path / "set.bin")
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"), [(1, "has 103 bytes"), (3, "multimodal"), (8, "has 110 bytes"), (-1, "has 101 bytes")]
+)
+def test_an_index_of_another_size_is_refused(tmp_path: Path, extra: int, expected: str) -> None:
+    tokens, index = golden_files()
+    (tmp_path / "set.bin").write_bytes(tokens)
+    (tmp_path / "set.idx").write_bytes((index + bytes(8))[: len(index) + extra])
+    with pytest.raises(UserError, match=expected):
+        IndexedDataset(tmp_path / "set")
+
+
+def test_sets_beyond_32_bits_are_read_at_the_right_place(tmp_path: Path) -> None:
+    lengths = [2**31 - 1, 2**31 - 1, 2**31 - 1, 3]  # 6.4e9 tokens, 12.9 GB, in a sparse file
+    starts = [sum(lengths[:k]) for k in range(4)]
+    with open(tmp_path / "set.bin", "wb") as file:
+        file.truncate(2 * sum(lengths))
+        file.seek(2 * starts[3])
+        file.write(struct.pack("<3H", 11, 12, 13))
+        file.seek(2 * (starts[2] + 5))
+        file.write(struct.pack("<H", 99))
+    index = struct.pack("<9sQBQQ4i4q5q", b"MMIDIDX", 1, 8, 4, 5, *lengths, *(2 * s for s in starts), 0, 1, 2, 3, 4)
+    (tmp_path / "set.idx").write_bytes(index)
+    dataset = IndexedDataset(tmp_path / "set")
+    assert dataset.num_tokens == sum(lengths)
+    assert dataset[3].tolist() == [11, 12, 13]
+    assert int(dataset[2][5]) == 99
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "set", [[[1, 2, 3]]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "set", dtype="u2") as writer:
+        writer.add_document([9] * 100)
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_set_replaced_halfway_is_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "set", [[[1, 2, 3]]])
+
+    def stop_at_index(temporary: Path, final: Path) -> None:
+        if final.suffix == ".idx":
+            raise RuntimeError
+        publish(temporary, final)
+
+    monkeypatch.setattr(indexed, "publish", stop_at_index)
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "set", [[[4], [5, 6]]])  # as many bytes: only the missing .idx tells
+    with pytest.raises(UserError, match=r"set\.idx is not a file"):
+        IndexedDataset(tmp_path / "set")
+
+
+def test_two_writers_of_one_prefix_are_refused(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "set", dtype="u2") as writer:
+        with pytest.raises(UserError, match="another process is writing it"):
+            IndexedWriter(tmp_path / "set", dtype="u2")
+        writer.add_document([1])
+    assert read(tmp_path / "set") == [[[1]]]
+
+
+def test_a_token_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for token in (65536, -1):
+        with pytest.raises(UserError, match=f"token {token} does not fit uint16"):
+            write(tmp_path / "set", [[[1, token]]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtype_follows_megatrons_limit() -> None:
+    assert [optimal_dtype(size).name for size in (257, 65499, 65500, 65536)] == ["uint16", "uint16", "int32", "int32"]

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from jaxlm.config import UserError
+from jaxlm.data.loader import Batch, Loader, prefetch
+from jaxlm.data.samples import Samples, TokenRange
+
+EOD = 99
+
+
+def make_loader(write_set: Callable, *, shuffle: bool, batch_size: int = 8, **options: object) -> Loader:
+    dataset = write_set([[*range(k, k + 13), EOD] for k in range(40)])
+    samples = Samples([TokenRange(dataset, 0, dataset.num_tokens)], seq_len=6, seed=5, shuffle=shuffle)
+    return Loader(samples, batch_size, **{"eod": EOD, "mask_eod_loss": False, "vocab_size": 100, **options})
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_any_number_of_hosts_reads_the_same_rows(write_set: Callable, shuffle: bool) -> None:
+    loader = make_loader(write_set, shuffle=shuffle)
+    for step in (0, 3, 11):
+        whole = loader.batch(step)
+        for hosts in (1, 2, 4):
+            share = 8 // hosts
+            parts = [loader.batch(step, rows=range(h * share, (h + 1) * share)) for h in range(hosts)]
+            assert_equal(whole, Batch(*(np.concatenate(part) for part in zip(*parts, strict=True))))
+
+
+def test_row_r_of_step_s_is_sample_s_times_b_plus_r(write_set: Callable) -> None:
+    loader = make_loader(write_set, shuffle=True)
+    batch = loader.batch(17)  # in the second epoch and on
+    rows = loader.samples.rows(np.arange(17 * 8, 18 * 8))
+    assert np.array_equal(batch.tokens, rows[:, :-1]) and np.array_equal(batch.labels, rows[:, 1:])
+    assert (batch.weights == 1).all()
+    assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32]
+    assert all(x.flags.c_contiguous for x in batch)
+
+
+def test_an_evaluation_reads_each_window_once_and_pads_with_weight_0(write_set: Callable) -> None:
+    loader = make_loader(write_set, shuffle=False, batch_size=7)
+    n = loader.samples.samples_per_epoch  # (40 * 14 - 1) // 6 = 93
+    assert (n, loader.num_batches) == (93, 14)
+    batches = [loader.batch(step) for step in range(14)]
+    assert all(batch.tokens.shape == (7, 6) for batch in batches)
+    weights = np.concatenate([batch.weights for batch in batches])
+    assert (weights[:n] == 1).all() and (weights[n:] == 0).all()
+    tokens = np.concatenate([batch.tokens for batch in batches])
+    assert np.array_equal(tokens[:n].ravel(), loader.samples.ranges[0].dataset.tokens[: n * 6])
+    assert (tokens[n:] == 0).all()
+    with pytest.raises(AssertionError):
+        loader.batch(14)
+
+
+def test_masking_takes_exactly_the_positions_whose_input_ends_a_document(write_set: Callable) -> None:
+    batch = make_loader(write_set, shuffle=True, mask_eod_loss=True).batch(2)
+    assert (batch.tokens == EOD).any()
+    assert np.array_equal(batch.weights, (batch.tokens != EOD).astype(np.float32))
+    with pytest.raises(UserError, match=r"data\.mask_eod_loss"):
+        make_loader(write_set, shuffle=True, mask_eod_loss=True, eod=None)
+
+
+@pytest.mark.parametrize(("dtype", "stranger"), [("u2", 100), ("i4", -1), ("i8", 2**40), ("i8", -(2**40))])
+def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(
+    write_set: Callable, dtype: str, stranger: int
+) -> None:
+    dataset = write_set([[1] * 30, [2] * 7 + [stranger] + [2] * 30], dtype=dtype)
+    for seed in range(4):  # windows that have it at different places
+        samples = Samples([TokenRange(dataset, 10, dataset.num_tokens)], seq_len=4, seed=seed, shuffle=True)
+        loader = Loader(samples, 100, eod=None, mask_eod_loss=False, vocab_size=100)
+        with pytest.raises(UserError) as refusal:
+            loader.batch(0)
+        assert f"{dataset.prefix}.bin, token 37 (byte {37 * dataset.dtype.itemsize})" in str(refusal.value)
+        assert f"token id {stranger} is not below the vocabulary size, 100" in str(refusal.value)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_prefetch_gives_every_value_in_order(depth: int) -> None:
+    with prefetch(lambda step: step * step, start=3, stop=40, depth=depth) as values:
+        got = list(values)
+    assert [value for value, _ in got] == [step * step for step in range(3, 40)]
+    assert all(0 <= wait_s < 10 for _, wait_s in got)
+    assert not leaked()
+
+
+def test_prefetch_stays_within_its_depth() -> None:
+    made = itertools.count()
+    latest = [-1]
+
+    def make(step: int) -> int:
+        latest[0] = next(made)
+        return step
+
+    with prefetch(make, start=0, stop=100, depth=3) as values:
+        for taken in range(1, 20):
+            next(values)
+            time.sleep(0.002)
+            assert latest[0] < taken + 3
+        time.sleep(0.05)
+        assert latest[0] == 19 + 3 - 1
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_an_exception_comes_out_where_its_value_would(depth: int) -> None:
+    def make(step: int) -> int:
+        if step == 4:
+            raise UserError
+        return step
+
+    values = prefetch(make, start=0, stop=10, depth=depth)
+    assert [next(values)[0] for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(UserError):
+        next(values)
+    assert not leaked()
+
+
+def test_closing_early_ends_the_thread() -> None:
+    for taken in (0, 1, 5):
+        values = prefetch(lambda step: step, start=0, stop=10**9, depth=2)
+        for _ in range(taken):
+            next(values)
+        assert leaked()
+        values.close()
+        values.close()
+        assert not leaked()
+        assert list(values) == []
+
+
+def test_wait_is_the_time_the_consumer_stood_still() -> None:
+    def make(step: int) -> int:
+        time.sleep(0.05)
+        return step
+
+    with prefetch(make, start=0, stop=3, depth=3) as values:
+        assert next(values)[1] > 0.02
+        time.sleep(0.3)  # the other two are made meanwhile
+        assert next(values)[1] < 0.02
+
+
+def leaked() -> bool:
+    return any(thread.name == "prefetch" for thread in threading.enumerate())
