@@ -229,7 +229,7 @@ WITHIN = {
     "model.dropout": (0, 1), "optim.beta1": (0, 1), "optim.beta2": (0, 1), "optim.final_lr_frac": (0, 1.0000001),
 }  # fmt: skip
 
-UNSUPPORTED_AXES = ("pipeline", "context", "model")
+UNSUPPORTED_AXES = ("pipeline",)
 
 
 def get(config: Config, path: str) -> Any:
@@ -314,7 +314,7 @@ def _check_run(config: Config, rule: Any) -> None:
         rule(
             axis not in UNSUPPORTED_AXES or degree == 1,
             f"mesh.{axis}",
-            "this version splits over data and fsdp only",
+            "this version has no pipeline",
             f"set mesh.{axis}=1",
         )
     free = [axis for axis, degree in degrees.items() if degree == -1]

@@ -82,6 +82,10 @@ def make_program(config: Config, layout: Layout) -> Program:
     flat = nnx.to_flat_state(variables)
     for path, variable in flat:
         layout.check_divides(".".join(map(str, path)), variable.shape, variable.dims)
+    model = config.model
+    layout.check_divides("a row", (config.train.seq_len,), ("residual",))
+    layout.check_divides("attention", (model.num_heads,), ("heads_of_rows",))
+    layout.check_divides("attention", (model.num_kv_heads,), ("kv_heads_of_rows",))
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
     schedule = make_schedule(config.optim, config.train.num_steps)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +13,7 @@ from jaxlm.models.embed import dropout
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.params import use, vector, weight
 from jaxlm.models.position import alibi_bias, rotate
+from jaxlm.parallel.context import attend
 from jaxlm.parallel.rules import Layout
 
 
@@ -33,7 +32,7 @@ class Attention(nnx.Module):
         self.query_bias = vector((N, H), "heads head", role="bias") if model.use_bias else None
         self.key_bias = vector((K, H), "kv_heads head", role="bias") if model.use_bias else None
         self.value_bias = vector((K, H), "kv_heads head", role="bias") if model.use_bias else None
-        self.out_bias = vector((D,), "embed", role="bias") if model.use_bias else None
+        self.out_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on."""
@@ -45,8 +44,10 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         bias = alibi_bias(self.model.num_heads, x_BTD.shape[1]) if self.model.position == "alibi" else None
         kernel = choose_attention(self.model, self.layout.platform).kernel
-        drop = None if key is None else partial(dropout, rate=self.model.dropout, key=key)
-        context_BTNH = checkpoint_name(kernel.run(q_BTNH, k_BSKH, v_BSKH, bias, drop), "attn_context")
+        B, T, N, _ = q_BTNH.shape
+        keep_BNTS = None if key is None else dropout(jnp.ones((B, N, T, T)), rate=self.model.dropout, key=key)
+        context_BTNH = attend(self.layout, kernel.run, q_BTNH, k_BSKH, v_BSKH, bias, keep_BNTS)
+        context_BTNH = checkpoint_name(context_BTNH, "attn_context")
         y_BTD = jnp.einsum("btnh,nhd->btd", context_BTNH, use(self.out, self.model.dtype, self.layout))
         return y_BTD if self.out_bias is None else y_BTD + self.out_bias[...].astype(y_BTD.dtype)
 

@@ -33,11 +33,11 @@ class Embedding(nnx.Module):
         self.norm = Norm(D, kind="layernorm", eps=model.norm_eps, bias=model.use_bias) if model.embed_norm else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = jnp.take(
-            self.tokens[...], tokens_BT, axis=0
-        )  # rows are cast after the lookup: its gradient sums in f32
+        # the table is gathered whole but for its vocab shards; rows are cast after the lookup: its gradient sums in f32
+        table_VD = self.layout.constrain(self.tokens[...], self.tokens.dims)
+        x_BTD = self.layout.constrain(jnp.take(table_VD, tokens_BT, axis=0), ("batch", "seq", "embed"))
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions[...][: tokens_BT.shape[1]]
+            x_BTD = x_BTD + self.layout.constrain(self.positions[...], self.positions.dims)[: tokens_BT.shape[1]]
         x_BTD = self.layout.constrain(x_BTD.astype(self.model.dtype), ("batch", "seq", "embed"))
         return x_BTD if self.norm is None else self.norm(x_BTD)
 

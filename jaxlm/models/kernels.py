@@ -20,8 +20,8 @@ from jaxlm.config import ModelConfig, Problem, UserError
 class Kernel:
     """An implementation of causal attention.
 
-    run: (q_BTNH, k_BSKH, v_BSKH, bias f32[1, N, T, S] or None, dropout) -> context_BTNH, logits scaled by 1/sqrt(H).
-      dropout: a function applied to the attention weights, or None.
+    run: (q_BTNH, k_BSKH, v_BSKH, bias_1NTS or None, keep_BNTS or None) -> context_BTNH, logits scaled by 1/sqrt(H).
+      bias, f32: added to the logits.   keep, f32: multiplies the attention weights (dropout).
     refuses: (model config, platform) -> None if it serves, else the reason.
     """
 
@@ -39,16 +39,13 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(self.passed_over)})" if self.passed_over else "")
 
 
-Dropout = Callable[[jax.Array], jax.Array] | None
-
-
-def _cudnn(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, dropout: Dropout) -> jax.Array:
-    assert bias_1NTS is None and dropout is None
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
+    assert bias_1NTS is None and keep_BNTS is None
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, dropout: Dropout) -> jax.Array:
-    if dropout is None:
+def _xla(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
+    if keep_BNTS is None:
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, bias=bias_1NTS, is_causal=True, implementation="xla"
         )  # fmt: skip
@@ -59,8 +56,8 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, dropout: Dropout) -> jax.Array:
     if bias_1NTS is not None:
         logits_BKGTS += bias_1NTS.reshape(1, K, N // K, T, T)
     logits_BKGTS = jnp.where(jnp.tri(T, dtype=bool), logits_BKGTS, -jnp.inf)
-    weights_BKGTS = dropout(jax.nn.softmax(logits_BKGTS, axis=-1)).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1) * keep_BNTS.reshape(logits_BKGTS.shape)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH).reshape(q_BTNH.shape)
 
 
 def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:

@@ -25,7 +25,7 @@ class MLP(nnx.Module):
         self.down = weight(kd, (F, D), "mlp embed", std=model.init_std / (2 * model.num_layers) ** 0.5)
         self.up_bias = vector((F,), "mlp", role="bias") if model.use_bias else None
         self.gate_bias = vector((F,), "mlp", role="bias") if model.use_bias and gated else None
-        self.down_bias = vector((D,), "embed", role="bias") if model.use_bias else None
+        self.down_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = checkpoint_name(self._project(x_BTD, self.up, self.up_bias), "mlp_up")

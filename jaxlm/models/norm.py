@@ -15,8 +15,8 @@ class Norm(nnx.Module):
 
     def __init__(self, width: int, *, kind: str, eps: float, bias: bool):
         self.kind, self.eps = kind, eps
-        self.scale = vector((width,), "embed", role="scale")
-        self.bias = vector((width,), "embed", role="bias") if bias and kind == "layernorm" else None
+        self.scale = vector((width,), "channel", role="scale")
+        self.bias = vector((width,), "channel", role="bias") if bias and kind == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         y_BTD = x_BTD.astype(jnp.float32)

@@ -25,12 +25,16 @@ class Rule:
 #         logical dim  compute            storage            what it is
 RULES = (
     Rule("batch",     ("data", "fsdp"),  ("data", "fsdp")),  # rows of the global batch
-    Rule("seq",       ("context",),      ("context",)),      # positions
+    Rule("seq",       ("context",),      ("context",)),      # positions inside a branch
+    Rule("residual",  ("context", "model"), ("context", "model")),  # positions between branches: norms, dropout, adds
+    Rule("channel",   (),                ()),                # vectors of the model width: too small to gather
     Rule("embed",     (),                ("fsdp",)),         # model width: gathered to compute, split at rest
     Rule("vocab",     ("model",),        ("model",)),        # rows of the token table and the head
     Rule("position",  (),                ()),                # rows of the learned position table
     Rule("heads",     ("model",),        ("model",)),        # query heads
     Rule("kv_heads",  ("model",),        ("model",)),        # key and value heads
+    Rule("heads_of_rows", ("model", "context"), ("model", "context")),  # query heads while attention sees whole rows
+    Rule("kv_heads_of_rows", ("model", "context"), ("model", "context")),  # and key and value heads
     Rule("head",      (),                ()),                # width of one head
     Rule("mlp",       ("model",),        ("model",)),        # hidden width of the MLP
 )  # fmt: skip
