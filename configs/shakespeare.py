@@ -3,7 +3,7 @@
   python -m jaxlm.train --config configs/shakespeare.py:cpu --config.data.path=tinyshakespeare.txt
   python -m jaxlm.train --config configs/shakespeare.py:gpu --config.data.path=tinyshakespeare.txt
 
-cpu: 4 layers, width 128, context 64, 2,000 steps; about four minutes on two cores; published validation loss 1.88.
+cpu: 4 layers, width 128, context 64, 2,000 steps; about two minutes on two cores; published validation loss 1.88.
 gpu: 6 layers, width 384, context 256, dropout 0.2, 5,000 steps; about two minutes on an H100; published best 1.4697.
 What jaxlm reaches is in docs/results.md. Source: nanoGPT, README and config/train_shakespeare_char.py.
 """

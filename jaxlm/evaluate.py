@@ -9,15 +9,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from jaxlm.config import Problem, UserError
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import TokenRange
 from jaxlm.metrics.numbers import loss_text
 from jaxlm.session import (
+    evaluate_batches,
     load_config,
     make_loader,
-    mean_loss,
     open_corpus,
     open_program,
     open_tokenizer,
@@ -53,10 +55,13 @@ def evaluate(
         loader = make_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer, shuffle=False)
         program = open_program(config)
         restored = restore_params(program, workdir, step)
-        batches = (put_batch(program, loader.batch(i)) for i in range(loader.num_batches or 0))
-        loss = mean_loss(compile_eval(program), restored.state, batches)
-    tokens = loader.samples.samples_per_epoch * config.train.seq_len
-    return dict(step=restored.step, eval_loss=loss, perplexity=math.exp(min(loss, 700)), tokens=tokens)
+        steps = tqdm(
+            range(loader.num_batches or 0), desc="evaluating", unit="batch", disable=None
+        )  # None: if a terminal
+        batches = (put_batch(program, loader.batch(i)) for i in steps)
+        result = evaluate_batches(compile_eval(program), restored.state, batches)
+    perplexity = math.exp(min(result.loss, 700))
+    return dict(step=restored.step, eval_loss=result.loss, perplexity=perplexity, tokens=result.tokens)
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,36 +28,38 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    num_ids: int = 0,
 ) -> list[int]:
     """`max_new_tokens` ids that follow `prompt`, sampled from softmax(logits / temperature) over the top_k largest.
 
     The whole context is computed anew for each token (no key-value cache); past model.max_seq_len the oldest tokens
-    fall out of it. temperature 0 takes the largest logit; top_k 0 keeps all. Raises: ValueError on an empty prompt.
+    fall out of it. temperature 0 takes the largest logit; top_k 0 keeps all; ids >= num_ids are never taken (0: all may
+    be).   Raises: ValueError on an empty prompt.
     """
     if not len(prompt):
         raise ValueError("generation needs at least one token to start from")
-    length = len(prompt) + max_new_tokens
-    buffer_T = np.zeros(length, np.int32)
+    length, model = len(prompt) + max_new_tokens, program.config.model
+    mesh = program.layout.mesh.shape
+    unit = mesh["context"] * mesh["model"]  # positions of the window split evenly over these
+    window = min(model.max_seq_len, -(-length // unit) * unit)
+    buffer_T = np.zeros(max(length, window), np.int32)
     buffer_T[: len(prompt)] = prompt
-    run = jax.jit(partial(_generate, program, temperature, min(top_k, program.config.model.vocab_size), length))
-    out_T = run(params, buffer_T, np.int32(len(prompt)), jax.random.key(seed))
-    return jax.device_get(out_T)[len(prompt) :].tolist()
+    num_ids = num_ids or model.vocab_size
+    run = jax.jit(partial(_generate, program, window, temperature, min(top_k, num_ids), num_ids))
+    out_T = run(params, buffer_T, np.int32(len(prompt)), np.int32(length), jax.random.key(seed))
+    return jax.device_get(out_T)[len(prompt) : length].tolist()
 
 
-def _generate(program, temperature, top_k, length, params, buffer_T, start, key):
+def _generate(program, window, temperature, top_k, num_ids, params, buffer_T, start, length, key):
     model = program.model(params)
-    window = min(program.config.model.max_seq_len, length)
-    mesh = program.layout.mesh
-    rows = math.prod(
-        mesh.shape[axis] for axis in ("data", "fsdp")
-    )  # copies, so that the rows' layout holds on any mesh
+    rows = program.layout.num_row_shards  # copies, so that the rows' layout holds on any mesh
 
     def extend(i, buffer_T):
         first = jnp.maximum(i - window, 0)
         tokens_T = jax.lax.dynamic_slice(buffer_T, (first,), (window,))
         x_BTD = model.hidden(jnp.broadcast_to(tokens_T, (rows, window)))
         last_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, i - 1 - first, 1, axis=1)
-        logits_V = model.logits(last_B1D)[0, 0]
+        logits_V = model.logits(last_B1D)[0, 0, :num_ids]
         return buffer_T.at[i].set(_pick(logits_V, temperature, top_k, jax.random.fold_in(key, i)))
 
     return jax.lax.fori_loop(start, length, extend, buffer_T)
@@ -77,7 +78,7 @@ def write_sample(program: Program, params: object, tokenizer: Tokenizer, prompt:
     ids = list(tokenizer.encode(prompt)) if prompt else [] if tokenizer.eod is None else [tokenizer.eod]
     if not ids:
         raise UserError(Problem(f"prompt {prompt!r}", "gives no token to start from", "write a word"))
-    return prompt + tokenizer.decode(generate(program, params, ids, **sampling))
+    return prompt + tokenizer.decode(generate(program, params, ids, num_ids=tokenizer.vocab_size, **sampling))
 
 
 def main(argv: Sequence[str]) -> int:

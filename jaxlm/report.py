@@ -6,13 +6,11 @@ only the training process knew (a sample of the model's writing, how the run end
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
 import math
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from jaxlm.metrics.markdown import code, fenced, plain, table
 from jaxlm.metrics.numbers import count_text, duration_text, loss_text
 from jaxlm.metrics.summary import Point, Summary, points, smoothed, summarize
 from jaxlm.metrics.writer import from_json_values, read_metrics, to_json_values, write_atomically
+from jaxlm.settings import Parser, run_main
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -371,16 +370,12 @@ def _tidy(axes: Axes) -> None:
     axes.margins(x=0.01)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jaxlm.report", description="Write the report of a training run.")
+def main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="python -m jaxlm.report", description="Write the report of a training run.")
     parser.add_argument("workdir", metavar="WORKDIR", help="the folder the run was given as --workdir")
-    try:
-        print(write_report(parser.parse_args(arguments).workdir))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    print(write_report(parser.parse_args(arguments).workdir))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

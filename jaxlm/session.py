@@ -12,20 +12,24 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import numpy as np
 
 from jaxlm.checkpoint import restore
-from jaxlm.config import Config, Problem, UserError
+from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.config import Config, Problem, UserError, get
+from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import Samples, TokenRange, split_ranges
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import Layout
-from jaxlm.settings import from_json
+from jaxlm.settings import SCHEMA, from_json, shown
 from jaxlm.step import Program, abstract_state, make_program
 
 
@@ -90,19 +94,31 @@ def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Token
     )
 
 
-def open_program(config: Config) -> Program:
-    """The program of `config` over all devices. Raises UserError if the mesh or the batch does not fit them."""
+def open_mesh(config: Config) -> Layout:
+    """The layout of `config` over all devices, before any data is read.
+
+    Raises: UserError if a GPU is there that jax can't use, or mesh, batch or attention kernel do not fit the devices.
+    """
     check_accelerator()
-    mesh = make_mesh(config.mesh, jax.devices())
-    shards, train = mesh.shape["data"] * mesh.shape["fsdp"], config.train
+    layout = Layout(make_mesh(config.mesh, jax.devices()))
+    choose_attention(config.model, layout.platform)
+    shards, train = layout.num_row_shards, config.train
     rows = train.batch_size // train.accumulate
     if rows % shards:
         text = f"/ train.accumulate={train.accumulate} = {rows} rows do not split over mesh.data*mesh.fsdp = {shards}"
-        unit = shards * train.accumulate
-        below = train.batch_size // unit * unit
-        remedy = f"use a multiple of {unit} ({below or unit} or {below + unit + (0 if below else unit)})"
+        fits = [a for a in range(1, train.batch_size + 1) if train.batch_size % (a * shards) == 0]
+        below = train.batch_size // shards * shards
+        batch = f"train.batch_size={below or shards} or {below + shards if below else 2 * shards}"
+        remedy = (
+            f"use train.accumulate={max(fits, key=lambda a: -abs(a - train.accumulate))}" if fits else f"use {batch}"
+        )
         raise UserError(Problem(f"train.batch_size={train.batch_size}", text, remedy))
-    return make_program(config, Layout(mesh))
+    return layout
+
+
+def open_program(config: Config) -> Program:
+    """The program of `config`, its vocabulary known, over all devices. Raises as `open_mesh` and `make_program` do."""
+    return make_program(config, open_mesh(config))
 
 
 def check_accelerator() -> None:
@@ -111,10 +127,49 @@ def check_accelerator() -> None:
         [d for d in os.listdir("/dev") if d.startswith("nvidia") and d[6:].isdigit()] if os.path.isdir("/dev") else []
     )
     if gpus and not os.environ.get("JAX_PLATFORMS") and jax.default_backend() == "cpu":
-        remedy = (
-            f"{sys.executable} -m pip install 'jaxlm[cuda13]' (or cuda12 for older drivers); JAX_PLATFORMS=cpu to go on"
-        )
+        remedy = f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}' (cuda12 for drivers older than 580)"
         raise UserError(Problem(f"{len(gpus)} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))
+
+
+# What must stay as it was while a run has checkpoints: the shape of its state, and which tokens a step reads.
+FIXED = (
+    *(f"model.{key}" for key in ("vocab_size", "vocab_multiple", "num_layers", "num_heads", "num_kv_heads", "head_dim")),
+    *(f"model.{key}" for key in ("embed_dim", "mlp_dim", "max_seq_len", "position", "norm", "embed_norm", "activation")),
+    *(f"model.{key}" for key in ("use_bias", "tie_embeddings")), "optim.name", "train.batch_size", "train.seq_len",
+    "train.seed", "data.path", "data.train", "data.tokenizer", "data.text_key", "data.split", "data.mask_eod_loss",
+)  # fmt: skip
+
+
+def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str], None]) -> None:
+    """Says which settings differ from those this run was last started with.
+
+    Raises: UserError if there are checkpoints and one of FIXED differs: the run would go on as another one.
+    """
+    if not (workdir / "config.json").is_file():
+        return
+    try:
+        before = load_config(workdir)
+    except UserError as e:
+        note(f"settings of the last start can't be compared: {e.problems[0].rule}")
+        return
+    changed = [key for key in SCHEMA if get(before, key) != get(config, key)]
+    changed = [key for key in changed if (key, get(config, key)) != ("model.vocab_size", 0)]  # the tokenizer decides
+    refused = [key for key in changed if key in FIXED] if committed_steps(workdir / "checkpoints") else []
+    if refused:
+        text = "this run has checkpoints made with {}; going on would change its {}"
+        part = {"model": "shape", "optim": "state"}
+        raise UserError(
+            *(
+                Problem(
+                    f"{key}={shown(get(config, key))}",
+                    text.format(shown(get(before, key)) or "nothing", part.get(key.split(".")[0], "data order")),
+                    "set it back, or start another run with another --workdir",
+                )
+                for key in refused
+            )
+        )
+    for key in changed:
+        note(f"changed since the last start: {key} {shown(get(before, key))} -> {shown(get(config, key))}")
 
 
 def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
@@ -128,19 +183,43 @@ def restore_params(program: Program, workdir: Path, step: int | None) -> restore
     return restore.restore_params(workdir / "checkpoints", abstract_state(program).params, step=step)
 
 
-def mean_loss(eval_fn: Callable, params: object, batches: Iterable[Batch]) -> float:
-    """Nats a counted token over `batches` on devices; the device is read once, at the end."""
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats a counted token.   tokens: how many counted."""
+
+    loss: float
+    tokens: int
+
+
+def evaluate_batches(eval_fn: Callable, params: object, batches: Iterable[Batch]) -> Evaluation:
+    """The mean over `batches` on devices; the device is read once, at the end."""
     sums = [eval_fn(params, batch) for batch in batches]
-    nats, tokens = (np.asarray(jax.device_get(part), np.float64).sum() for part in zip(*sums))
-    return float(nats / max(tokens, 1))
+    nats, tokens = (float(np.asarray(jax.device_get(part), np.float64).sum()) for part in zip(*sums))
+    return Evaluation(nats / max(tokens, 1), int(tokens))
 
 
 def load_config(workdir: Path) -> Config:
     """The resolved settings of a run. Raises UserError if `workdir` is none."""
     path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(Problem(f"--workdir={workdir}", "has no config.json: it is not a run", "name a run's folder"))
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text())
+    except FileNotFoundError as e:
+        problem = Problem(f"--workdir={workdir}", "has no config.json: it is not a run", "name a run's folder")
+        raise UserError(problem) from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(Problem(str(path), f"can't be read: {e}", "mend it, or name another run's folder")) from e
+
+
+def lock_run(workdir: Path) -> BinaryIO:
+    """Holds the workdir for this process until closed, or until the process ends however it ends.
+
+    Raises: UserError (exit 3) if another process of this machine holds it.
+    """
+    lock = open_exclusive(workdir / "lock", wait=False)
+    if lock is None:
+        remedy = "wait for it, stop it, or give this run another --workdir"
+        raise UserError(Problem(f"--workdir={workdir}", "another process is training here", remedy), exit_code=3)
+    return lock
 
 
 def preflight(workdir: Path) -> None:

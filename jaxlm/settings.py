@@ -76,7 +76,10 @@ def resolve(
     from_file = {path: value for path, value in chosen.items() if path not in overrides}
     problems += ignored(derived(_build(defaults | layers | from_file)), from_file)
     problems += ignored(config, chosen.keys() - from_file.keys())
-    problems += check(config)
+    for problem in check(config):
+        source = origin.get(problem.where.partition("=")[0], "")
+        where = f"{problem.where} ({source})" if source.startswith(("preset", "file")) else problem.where
+        problems.append(Problem(where, problem.rule, problem.remedy))
     if problems:
         raise UserError(*problems)
     return Resolved(config, origin)
@@ -148,7 +151,7 @@ def parsed(text: str, kind: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if text.lower() == "none" else parsed(text, args[0])
     if origin is tuple:
-        if text[:1] in "([":
+        if text.startswith(("(", "[")):
             return typed(ast.literal_eval(text), kind)
         return tuple(parsed(part.strip(), args[0]) for part in text.split(",") if part.strip())
     if kind is bool:
@@ -194,15 +197,13 @@ def load_file(spec: str) -> Mapping:
     path = Path(name)
     if not path.is_file():
         here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(Problem(f"--config={spec}", f"no file {name}", nearest(name, here)))
+        raise UserError(Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here)))
     try:
         get_config = runpy.run_path(name)["get_config"]
         tree = get_config(arg) if arg else get_config()
     except Exception as e:
         raise UserError(
-            Problem(
-                f"--config={spec}", f"{type(e).__name__}: {e}", "the file must define get_config([arg]) -> ConfigDict"
-            )
+            Problem(f"--config={spec}", f"{type(e).__name__}: {e}", "mend the :argument, or the file's get_config")
         ) from e
     if not isinstance(tree, Mapping | ConfigDict):
         raise UserError(Problem(f"--config={spec}", f"get_config gave a {type(tree).__name__}", "return a ConfigDict"))
@@ -232,7 +233,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         flags = [s for action in self._actions for s in action.option_strings]
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        as_setting = unknown.removeprefix("--")
         remedy = nearest(unknown, flags) if unknown else f"see {self.prog} --help"
+        if as_setting in SCHEMA:
+            remedy = f"did you mean {PREFIX}{as_setting}?"
         raise UserError(Problem(f"{self.prog}", message, remedy))
 
 
@@ -243,6 +247,9 @@ def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 
@@ -253,10 +260,14 @@ def to_json(resolved: Resolved, run: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The Config that `to_json` wrote. Raises UserError where this version has no such setting or another type."""
+    """The Config that `to_json` wrote. Raises UserError if it is damaged or this version has no such setting or type."""
     problems: list[Problem] = []
     given: dict[str, tuple[Any, str]] = {}
-    for path, value in flatten(json.loads(text)["config"]):
+    try:
+        tree = json.loads(text)["config"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(Problem("config.json", f"is damaged: {e}", "restore it, or use another --workdir")) from e
+    for path, value in flatten(tree):
         _accept(given, problems, path, value, "config.json", typed)
     if problems:
         raise UserError(*problems)

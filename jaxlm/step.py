@@ -48,13 +48,13 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """f32[] each: mean nats a counted token, global gradient norm before clipping, learning rate applied, counted tokens,
-    and the skip counters after the step."""
+    """f32[] each: mean nats a counted token, global gradient norm before clipping, learning rate applied, tokens that
+    counted, and the skip counters after the step."""
 
     loss: Any
     grad_norm: Any
     lr: Any
-    tokens: Any
+    counted_tokens: Any
     skipped: Any
     streak: Any
 
@@ -186,24 +186,32 @@ def mean_loss_and_grads(
     """(mean nats a counted token, counted tokens, gradient of the mean objective).
 
     Sums come first: microbatches add nats, tokens and gradients, and one division by the true token count ends it, so
-    that ragged masks and accumulation are exact. Microbatch m takes rows m, M+m, 2M+m, ...: rows stay on their device.
+    that ragged masks and accumulation are exact.
     """
-    M = program.config.train.accumulate
     key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
-    if M == 1:
-        nats, grads = _loss_and_grads(program, params, batch, key)
-    else:
-        micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(sums: Any, xs: Any) -> tuple[Any, None]:
-            rows, m = xs
-            return jax.tree.map(jnp.add, sums, _loss_and_grads(program, params, rows, jax.random.fold_in(key, m))), None
+    def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
+        return _loss_and_grads(program, params, rows, jax.random.fold_in(key, m))
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
-        (nats, grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(M)))
+    nats, grads = _sum_over_microbatches(program, terms, batch)
     tokens = batch.weights.sum()
     share = 1 / jnp.maximum(tokens, 1)
     return nats * share, tokens, jax.tree.map(lambda g: g * share, grads)
+
+
+def _sum_over_microbatches(program: Program, terms: Callable[[Batch, Any], Any], batch: Batch) -> Any:
+    """Sum of terms(rows, m) over the train.accumulate microbatches; m takes rows m, M+m, 2M+m, ...: rows stay put."""
+    M = program.config.train.accumulate
+    if M == 1:
+        return terms(batch, 0)
+    micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(sums: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, terms(*xs)), None
+
+    shapes = jax.eval_shape(terms, jax.tree.map(lambda a: a[0], micro), 0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, (micro, jnp.arange(M)))[0]
 
 
 def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
@@ -228,8 +236,9 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
 
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(summed nats, counted tokens) of one batch, without dropout or z-loss."""
-    return _sums(program, params, batch, None)[1], batch.weights.sum()
+    """(summed nats, counted tokens) of one batch, a microbatch at a time, without dropout or z-loss."""
+    nats = _sum_over_microbatches(program, lambda rows, _: _sums(program, params, rows, None)[1], batch)
+    return nats, batch.weights.sum()
 
 
 def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:

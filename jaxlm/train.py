@@ -21,31 +21,30 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoint.store import CheckpointStore
-from jaxlm.config import Config, Problem, UserError, get
-from jaxlm.data.loader import Loader, prefetch
+from jaxlm.config import Config, Problem, UserError
+from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
-from jaxlm.metrics.writer import MetricsLog, write_atomically
+from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.presets import PRESETS
 from jaxlm.report import write_report
-from jaxlm.session import Corpus, make_loader, mean_loss, open_corpus, open_program, preflight, with_vocabulary
-from jaxlm.settings import (
-    SCHEMA,
-    Parser,
-    Resolved,
-    from_json,
-    keys_help,
-    load_file,
-    resolve,
-    run_main,
-    shown,
-    split_overrides,
-    to_json,
+from jaxlm.session import (
+    Corpus,
+    compare_with_last_start,
+    evaluate_batches,
+    lock_run,
+    make_loader,
+    open_corpus,
+    open_mesh,
+    open_program,
+    preflight,
+    with_vocabulary,
 )
+from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
 from jaxlm.step import (
     Program,
     StepMetrics,
@@ -79,36 +78,53 @@ def main(argv: Sequence[str]) -> int:
 
 def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
     """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code."""
-    say = Progress(num_steps=resolved.config.train.num_steps, stream=sys.stdout)
+    config = resolved.config
     preflight(workdir)
-    use_device_settings(resolved.config)
-    corpus = open_corpus(resolved.config, workdir, say.note)
-    config = with_vocabulary(resolved.config, corpus.tokenizer)
-    if config != resolved.config:
-        resolved = Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
-    program = open_program(config)
-    loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
-    held_out = make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False) if corpus.held_out else None
-    note_changes(config, workdir, say.note)
+    use_device_settings(config)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignals(say.note))
+        stack.enter_context(lock_run(workdir))
+        progress = stack.enter_context(Progress(num_steps=config.train.num_steps, stream=sys.stdout))
+        compare_with_last_start(config, workdir, progress.note)
+        open_mesh(config)
+        corpus = open_corpus(config, workdir, progress.note)
+        config = with_vocabulary(config, corpus.tokenizer)
+        if config != resolved.config:
+            resolved = Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
+        if config.model.vocab_size > corpus.tokenizer.vocab_size:
+            unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
+            progress.note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
+        program = open_program(config)
+        loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+        held_out = open_held_out(config, corpus, progress.note)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
         restored = store.restore_latest(abstract_state(program))
+        if restored and restored.step >= config.train.num_steps:
+            progress.note(
+                f"already at step {restored.step} of {config.train.num_steps}: raise train.num_steps to go on"
+            )
+            return 0
         state = restored.state if restored else init_state(program)
         start = restored.step if restored else 0
-        step_fn, compile_s, memory_bytes = build(program, state, loader)
-        facts = describe(program, corpus, loader, memory_bytes) | {"command": shlex.join(command)}
+        compiled = build(program, state, loader)
+        facts = describe(program, corpus, compiled) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
-        say.note(header(program, facts, workdir, start=start, compile_s=compile_s))
+        progress.note(header(program, facts, workdir, start=start, compile_s=compiled.seconds))
         log = stack.enter_context(
-            MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=say.note)
+            MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=progress.note)
         )
-        progress = stack.enter_context(Progress(num_steps=config.train.num_steps, start_step=start, stream=sys.stdout))
+        stop = stack.enter_context(StopSignals(progress.note))
         loop = Loop(
-            program, step_fn, compile_eval(program), loader, held_out, store, log, progress, stop, make_meter(facts)
-        )
-        state, code = loop.run(state, start)
-    finish(program, state, corpus, workdir, code, say.note)
+            program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
+            progress=progress, stop=stop, meter=make_meter(facts),
+        )  # fmt: skip
+        try:
+            state, code = loop.run(state, start)
+        except UserError:
+            log.flush()
+            if read_metrics(workdir):
+                progress.note(f"report: {write_report(workdir)}")
+            raise
+        finish(program, state, corpus, workdir, code, progress.note)
     return code
 
 
@@ -117,8 +133,7 @@ class Loop:
     """The steps of a run, and what happens between them."""
 
     program: Program
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
-    eval_fn: Callable
+    compiled: Compiled
     loader: Loader
     held_out: Loader | None
     store: CheckpointStore
@@ -137,6 +152,7 @@ class Loop:
         """
         train = self.program.config.train
         save_every = self.program.config.checkpoint.every_steps
+        done = start
         with (
             prefetch(
                 self._batch, start=start, stop=train.num_steps, depth=self.program.config.data.prefetch
@@ -144,27 +160,39 @@ class Loop:
             jax.transfer_guard("disallow"),
         ):
             self.meter.start(time_s=time.monotonic())
-            for step, (batch, wait_s) in zip(range(start + 1, train.num_steps + 1), batches):
-                state, metrics = self.step_fn(state, batch)
+            while done < train.num_steps and self.stop.exit_code is None:
+                batch, wait_s = self._next(batches, done, state)
+                state, metrics = self.compiled.step(state, batch)
+                done += 1
                 self._read_pending()
-                self._pending = (step, metrics, wait_s)
-                last = step == train.num_steps or self.stop.exit_code is not None
-                evaluates = step == train.num_steps or (train.eval_every > 0 and step % train.eval_every == 0)
-                saves = last or (save_every > 0 and step % save_every == 0)
+                self._pending = (done, metrics, wait_s)
+                last = done == train.num_steps or self.stop.exit_code is not None
+                evaluates = done == train.num_steps or (train.eval_every > 0 and done % train.eval_every == 0)
+                saves = last or (save_every > 0 and done % save_every == 0)
                 if evaluates or saves:
                     self._read_pending()
                     if evaluates:
-                        self._evaluate(step, state)
+                        self._evaluate(done, state)
                     if saves:
-                        self._save(step, state)
+                        self._save(done, state)
                     self.meter.start(time_s=time.monotonic())
                 self._announce_commits()
-                if last:
-                    break
         self.store.wait()
         self._announce_commits()
-        saved = self.store.committed_step == max(start, int(jax.device_get(state.step)))
-        return state, self.stop.exit_code or (0 if saved else EXIT_NOT_SAVED)
+        saved = done == 0 or self.store.committed_step == done
+        return state, (self.stop.exit_code or 0) if saved else EXIT_NOT_SAVED
+
+    def _next(self, batches: Prefetch, done: int, state: TrainState) -> tuple[Any, float]:
+        """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
+        try:
+            return next(batches)
+        except UserError:
+            self._read_pending()
+            if done > (self.store.committed_step or 0):
+                self._save(done, state)
+                self.store.wait()
+                self._announce_commits()
+            raise
 
     def _batch(self, index: int) -> Any:
         return put_batch(self.program, self.loader.batch(index))
@@ -201,9 +229,9 @@ class Loop:
         whole = self.held_out.num_batches or 0
         count = min(whole, self.program.config.train.eval_batches or whole)
         rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
-        record = {"step": step, "eval_loss": mean_loss(self.eval_fn, state.params, rows)}
-        self.log.write(record)
-        self.progress.note(f"step {step}: eval loss {record['eval_loss']!r}")
+        result = evaluate_batches(self.compiled.evaluate, state.params, rows)
+        self.log.write({"step": step, "eval_loss": result.loss})
+        self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
 
     def _save(self, step: int, state: TrainState) -> None:
         self.log.flush()
@@ -244,23 +272,57 @@ def use_device_settings(config: Config) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
     if config.train.compilation_cache:
         folder = Path(config.train.compilation_cache).expanduser()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as e:
+            problem = Problem(f"train.compilation_cache={folder}", f"can't be made: {e}", "choose a folder of yours")
+            raise UserError(problem) from e
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def build(program: Program, state: TrainState, loader: Loader) -> tuple[Callable, float, int | None]:
-    """(the compiled step, seconds it took, bytes a device needs for it or None where XLA does not say)."""
-    begin = time.monotonic()
-    compiled = compile_step(program).lower(state, put_batch(program, loader.batch(0))).compile()
+@dataclass(frozen=True)
+class Compiled:
+    """The step and the evaluation as programs, the seconds they took, and the bytes a device needs for the larger of
+    them (None where XLA does not say)."""
+
+    step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+    evaluate: Callable[[Any, Any], Any]
+    seconds: float
+    memory_bytes: int | None
+
+
+def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
+    """Compiles before the first step, so that nothing compiles, or runs out of memory, in the middle of a run."""
+    begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
+    step = compile_step(program).lower(state, batch).compile()
+    evaluate = compile_eval(program).lower(state.params, batch).compile()
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) // jax.device_count()
+    needs = (memory_bytes(step), memory_bytes(evaluate, beside=optimizer_bytes))
+    known = [need for need in needs if need is not None]
+    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None))
+
+
+def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
+    """Bytes a device holds while `compiled` runs: arguments, results and temporaries, and what lies `beside` them."""
     memory = compiled.memory_analysis()
-    needed = None
-    if memory is not None:
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return compiled, time.monotonic() - begin, needed
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes + beside
 
 
-def describe(program: Program, corpus: Corpus, loader: Loader, memory_bytes: int | None) -> dict[str, Any]:
+def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
+    """The evaluation's loader, or None with a note. UserError if evaluations are asked for and no row is held out."""
+    if corpus.held_out:
+        return make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False)
+    if config.train.eval_every:
+        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
+        raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
+    note("no evaluation: data.split and data.eval hold no row out")
+    return None
+
+
+def describe(program: Program, corpus: Corpus, compiled: Compiled) -> dict[str, Any]:
     """Facts of this run for config.json, the header and the report."""
     config, device = program.config, jax.devices()[0]
     model, train = config.model, config.train
@@ -280,7 +342,7 @@ def describe(program: Program, corpus: Corpus, loader: Loader, memory_bytes: int
         "tokens_per_step": step_tokens,
         "training_tokens": corpus.num_tokens,
         "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),
-        "memory_bytes_per_device": memory_bytes,
+        "memory_bytes_per_device": compiled.memory_bytes,
         "flops_per_token": flops_per_token(**shape),
         "flops_per_token_causal": flops_per_token(**shape, causal=True),
     }
@@ -314,22 +376,12 @@ def make_meter(facts: dict) -> StepMeter:
     )
 
 
-def note_changes(config: Config, workdir: Path, note: Callable[[str], None]) -> None:
-    """Says which settings differ from those of the last start in this workdir."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        return
-    before = from_json(path.read_text())
-    for key in SCHEMA:
-        old, new = get(before, key), get(config, key)
-        if old != new:
-            note(f"changed since the last start: {key} {shown(old)} -> {shown(new)}")
-
-
 def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
     sample, log = None, program.config.log
-    if code:
+    if code == EXIT_NOT_SAVED:
+        note("the last save failed: the same command goes on from the checkpoint before it")
+    elif code:
         note("saved; the same command goes on from here")
     elif log.sample_tokens:
         sample = write_sample(

@@ -27,7 +27,7 @@ from jaxlm.metrics.writer import MetricsLog
 from jaxlm.models.presets import PRESETS
 from jaxlm.session import make_loader, open_corpus, open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import compile_eval, init_state, put_batch
+from jaxlm.step import init_state, put_batch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,15 +59,15 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
     program = open_program(config)
     loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
     state = init_state(program)
-    step_fn, _, memory_bytes = train.build(program, state, loader)
-    facts = train.describe(program, corpus, loader, memory_bytes)
+    compiled = train.build(program, state, loader)
+    facts = train.describe(program, corpus, compiled)
     batches = [put_batch(program, loader.batch(i)) for i in range(8)]
     steps = config.train.num_steps
     bare_s, loop_s = [], []
     for i in range(rounds + 1):  # the first round warms up
         begin = time.perf_counter()
         for k in range(steps):
-            state, metrics = step_fn(state, batches[k % 8])
+            state, metrics = compiled.step(state, batches[k % 8])
         jax.block_until_ready((state, metrics))
         bare_s.append((time.perf_counter() - begin) / steps)
         with (
@@ -77,17 +77,9 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
             train.StopSignals(print) as stop,
         ):
             loop = WithoutSaves(
-                program,
-                step_fn,
-                compile_eval(program),
-                loader,
-                None,
-                store,
-                log,
-                progress,
-                stop,
-                train.make_meter(facts),
-            )
+                program=program, compiled=compiled, loader=loader, held_out=None, store=store, log=log,
+                progress=progress, stop=stop, meter=train.make_meter(facts),
+            )  # fmt: skip
             begin = time.perf_counter()
             state, _ = loop.run(state, 0)
             jax.block_until_ready(state)

@@ -48,7 +48,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
         model__num_heads="7",
         train__accumulate="3",
         model__remat="attn_outt=keep",
-        mesh__model="2",
+        mesh__pipeline="2",
     )
     assert "model.num_heads" in found["model.num_headz=3"].remedy
     assert "is not int" in found["model.num_layers=2.5"].rule
@@ -58,7 +58,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
     assert "6, 8" in found["model.num_heads=7"].remedy
     assert "train.batch_size=8" in found
     assert "attn_out" in found["model.remat=attn_outt=keep"].remedy
-    assert "mesh.model=2" in found
+    assert "mesh.pipeline=2" in found
     assert all(str(p).count("\n") == 2 for p in found.values())
 
 
@@ -85,7 +85,10 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
         ({"train.seq_len": "2048"}, "train.seq_len=2048"),
         ({"model.position": "rope", "model.head_dim": "7"}, "model.head_dim=7"),
         ({"model.num_kv_heads": "5"}, "model.num_kv_heads=5"),
-        ({"model.attention": "cudnn"}, "model.attention=cudnn"),
+        ({"optim.peak_lr": "inf"}, "optim.peak_lr=inf"),
+        ({"model.norm_eps": "-1"}, "model.norm_eps=-1.0"),
+        ({"train.seed": str(2**63)}, f"train.seed={2**63}"),
+        ({"optim.final_lr_frac": "1.01"}, "optim.final_lr_frac=1.01"),
         ({"model.dropout": "1"}, "model.dropout=1.0"),
         ({"mesh.fsdp": "-1"}, "mesh.fsdp=-1"),
         ({"optim.schedule": "inverse_sqrt"}, "optim.warmup_steps=0"),

@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and started again is the run that never stopped."""
 
+import dataclasses
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -17,8 +19,9 @@ import tiny
 from jaxlm import evaluate, generate, train
 from jaxlm.checkpoint.restore import restore_latest
 from jaxlm.config import UserError
+from jaxlm.data.indexed import IndexedWriter
 from jaxlm.metrics.writer import read_metrics
-from jaxlm.session import load_config, open_program
+from jaxlm.session import load_config, lock_run, open_program
 from jaxlm.step import abstract_state, init_state, make_program
 
 STEPS = 24
@@ -27,7 +30,7 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict(dict(
         model=dict(num_layers=2, embed_dim=32, num_heads=2, max_seq_len=32, dropout=0.1, vocab_multiple=1),
-        train=dict(num_steps={steps}, batch_size=16, eval_every=6, eval_batches=2, accumulate=2),
+        train=dict(num_steps={steps}, batch_size=16, eval_every=6, accumulate=2),
         mesh=dict(data=4, fsdp=2),
         optim=dict(peak_lr=1e-2, warmup_steps=4),
         data=dict(path=({text!r},)),
@@ -95,8 +98,6 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     for name in ("report.md", "loss.png", "summary.json"):
         assert (unbroken / name).stat().st_size > 500
     assert sorted(int(p.name) for p in (unbroken / "checkpoints").iterdir()) == [18, 21, 24]
-    assert train.main(["--config", str(unbroken.parent / "tiny.py"), "--workdir", str(unbroken)]) == 0
-    assert read_metrics(unbroken) == records
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,15 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(folder, monkeyp
     get, build = jax.device_get, train.build
 
     def recording_build(*args):
-        step_fn, *rest = build(*args)
-        return (lambda *a: (order.append("dispatch"), step_fn(*a))[1], *rest)
+        compiled = build(*args)
+
+        def step(state, batch):
+            order.append("dispatch")
+            with pytest.raises(Exception, match="Disallowed"):  # the loop runs where silent transfers are errors
+                jnp.add(jnp.ones(2), np.ones(2))
+            return compiled.step(state, batch)
+
+        return dataclasses.replace(compiled, step=step)
 
     monkeypatch.setattr(train, "build", recording_build)
     monkeypatch.setattr(
@@ -204,7 +212,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(folder, monkeyp
 def test_evaluate_and_generate_read_a_workdir(folder, unbroken, capsys):
     assert evaluate.main(["--workdir", str(unbroken), "--json"]) == 0
     held_out = json.loads(capsys.readouterr().out)
-    assert held_out["step"] == STEPS and held_out["eval_loss"] < 3
+    assert held_out["step"] == STEPS and held_out["eval_loss"] == read_metrics(unbroken)[-1]["eval_loss"] < 3
     assert (
         evaluate.main(["--workdir", str(unbroken), "--input", str(folder / "text.txt"), "--json", "--step", "18"]) == 0
     )
@@ -230,6 +238,46 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_context_it_has():
         context = np.zeros((1, 16), np.int32)
         context[0, : len(seen)] = seen
         assert int(np.argmax(logits(params, context)[0, len(seen) - 1])) == ids[i]
+
+
+def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
+    monkeypatch.chdir(unbroken.parent)
+    assert evaluate.main(["--workdir", "unbroken", "--json"]) == 0
+    assert generate.main(["--workdir", "unbroken", "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    assert train.main(["--config", "tiny.py", "--workdir", "unbroken"]) == 0
+    assert f"already at step {STEPS}" in capsys.readouterr().out
+
+
+def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_changes(folder, unbroken):
+    (folder / "other.txt").write_text("something else entirely, " * 200)
+    before = {p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "config.json")}
+    for override in ("model.embed_dim=64", f"data.path={folder / 'other.txt'}", "train.batch_size=32", "train.seed=1"):
+        with pytest.raises(UserError, match="checkpoints made with"):
+            train.main(command(folder, "unbroken", f"--config.{override}"))
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_two_runs_can_not_share_a_workdir(folder, unbroken):
+    with lock_run(unbroken), pytest.raises(UserError, match="another process") as caught:
+        train.main(command(folder, "unbroken"))
+    assert caught.value.exit_code == 3
+
+
+def test_a_bad_token_keeps_what_was_trained_and_names_its_place(folder, capsys):
+    set_prefix = folder / "set"
+    with IndexedWriter(set_prefix, dtype=np.uint16) as writer:
+        writer.add_document(np.r_[np.random.default_rng(0).integers(0, 257, 5000), 999, [7] * 200].astype(np.uint16))
+    more = [
+        "--config.data.path=",
+        f"--config.data.train={set_prefix}",
+        "--config.data.split=1,0",
+        "--config.train.eval_every=0",
+    ]
+    with pytest.raises(UserError, match="token 5000"):
+        train.main(command(folder, "bad", *more, "--config.checkpoint.every_steps=0"))
+    last = read_metrics(folder / "bad")[-1]["step"]
+    assert 0 < last < STEPS and f"step {last}: checkpoint committed" in capsys.readouterr().out
+    assert (folder / "bad" / "report.md").is_file()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def restore_latest(directory: str | Path, abstract_state: Any) -> Restored | Non
 
     Raises: UserError with a table of (path, saved, now) if names, shapes or dtypes differ, before anything is loaded.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if skipped := junk(directory):
         log.warning("no checkpoints, skipped: %s", ", ".join(map(str, skipped)))
     steps = committed_steps(directory)
@@ -48,7 +48,7 @@ def restore_params(directory: str | Path, abstract_params: Any, *, step: int | N
 
     Raises: UserError (exit code 3) without such a step, UserError with a table if the parameters differ.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if step is None:
         step = (committed_steps(directory) or [None])[-1]
     return restore(directory, abstract_params, step=step, part="params")
@@ -64,7 +64,7 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
 
     Raises: UserError as `restore_params`.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     steps = committed_steps(directory)
     if step is None or step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"

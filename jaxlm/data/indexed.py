@@ -18,6 +18,7 @@ A document is a run of sequences, usually one, perhaps none. Source: Megatron-LM
 
 from __future__ import annotations
 
+import glob
 import os
 import struct
 from array import array
@@ -101,6 +102,10 @@ def _refuse_missing(prefix: str, path: Path) -> NoReturn:
     remedy = "check the path; a set is a pair PREFIX.bin and PREFIX.idx, and a killed writer leaves no .idx"
     if prefix.endswith((".bin", ".idx")):
         remedy = f"give the prefix without its ending: {prefix[:-4]}"
+    elif near := sorted(
+        str(found)[:-4] for found in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}*.idx")
+    ):
+        remedy = f"did you mean {', '.join(near[:3])}?"
     raise UserError(Problem(f"token set {prefix}", f"{path} is not a file", remedy))
 
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             found = verify(prefix, vocab_size=options.vocab_size)
         except UserError as error:
-            print(error, file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
             continue
         dataset = found.dataset

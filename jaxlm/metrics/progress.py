@@ -110,11 +110,14 @@ class Progress:
     def _fields(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Text of each field of _FIELD_RANKS that this record has, in reading order."""
         known = {key: value for key, value in record.items() if value is not None}
-        fields = {"loss": f"loss {loss_text(record['loss'])}"}
+        # a log keeps the loss exactly; a live line keeps its width
+        fields = {"loss": f"loss {record['loss']:.4f}" if self._is_live else f"loss {loss_text(record['loss'])}"}
         if "lr" in known:
             fields["lr"] = f"lr {known['lr']:.2e}"
         if "grad_norm" in known:
-            fields["grad"] = f"grad {known['grad_norm']:.3g}"
+            fields["grad"] = (
+                f"grad {known['grad_norm']:.2f}" if known["grad_norm"] < 1e4 else f"grad {known['grad_norm']:.1e}"
+            )
         if "tokens_per_s" in known:
             fields["rate"] = f"{count_text(known['tokens_per_s'])} tok/s"
         if "mfu" in known:

@@ -110,8 +110,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
-def _cut_back(path: Path, *, resume_step: int) -> int:
-    """Rewrites the file to hold, whole, exactly the lines of steps <= resume_step; returns how many were unreadable.
+def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
+    """Rewrites the file to hold, whole, exactly the lines of steps <= resume_step.
+
+    Returns: how many lines were unreadable, and how many were of later steps.
 
     Of two lines with the same step and the same fields the later stands, in the earlier one's place: a run that went
     over a step twice reads as if it had gone over it once.
@@ -125,7 +127,8 @@ def _cut_back(path: Path, *, resume_step: int) -> int:
     data = b"".join(line + b"\n" for line in kept.values())
     if path.exists() and path.read_bytes() != data:
         write_atomically(path, data)
-    return sum(record is None for record in records[:-1])  # the last is the line that the end of the run tore
+    num_later = sum(record is not None and record["step"] > resume_step for record in records)
+    return sum(record is None for record in records[:-1]), num_later  # the last is the line that the run's end tore
 
 
 class _JsonLines:
@@ -249,7 +252,7 @@ class MetricsLog:
         self._warned_lines = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            num_damaged = _cut_back(self._path, resume_step=resume_step)
+            num_damaged, num_later = _cut_back(self._path, resume_step=resume_step)
             self._lines = _JsonLines(self._path)
         except OSError as error:
             rule = f"the metrics file cannot be written: {error.strerror or error}"
@@ -257,6 +260,8 @@ class MetricsLog:
             raise UserError(Problem(str(self._path), rule, remedy)) from error
         if num_damaged:
             warn(f"{self._path}: took out {num_damaged} damaged lines")
+        if num_later:
+            warn(f"{self._path}: took out {num_later} lines past step {resume_step}: those steps are made again")
         self._tensorboard: _TensorBoard | None = None
         if tensorboard:
             self._tensorboard = self._try_tensorboard(

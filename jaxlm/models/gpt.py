@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +69,8 @@ class GPT(nnx.Module):
         graph = nnx.split(self.layers[0])[0]
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
-        run = _scan if self.model.scan_layers else _unroll
-        x_BTD = self.final_norm(run(block, layers, x_BTD, key, self.model.dtype))
+        run = partial(_scan, self.model.dtype) if self.model.scan_layers else _unroll
+        x_BTD = self.final_norm(run(block, layers, x_BTD, key))
         return self.layout.constrain(x_BTD, ("batch", "seq", "embed"))
 
     def head_matrix(self) -> jax.Array:
@@ -92,13 +93,13 @@ def init_block(model: ModelConfig, key: jax.Array, i: int | jax.Array, layout: L
     return nnx.to_pure_dict(nnx.split(Block(model, block_key(key, i), layout))[1])
 
 
-def _unroll(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None, dtype: str) -> jax.Array:
+def _unroll(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     for i, params in enumerate(layers):
         x_BTD = block(params, x_BTD, None if key is None else jax.random.fold_in(key, i))
     return x_BTD
 
 
-def _scan(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None, dtype: str) -> jax.Array:
+def _scan(dtype: str, block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
         params, i = layer
         return block(params, x_BTD, None if key is None else jax.random.fold_in(key, i)), None

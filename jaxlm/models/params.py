@@ -26,5 +26,6 @@ def vector(shape: tuple[int, ...], dims: str, *, role: Literal["scale", "bias"])
 
 
 def use(param: nnx.Param, dtype: str, layout: Layout) -> jax.Array:
-    """The parameter as compute wants it: cast first, then gathered, so that what crosses links is in the compute dtype."""
-    return layout.constrain(param[...].astype(dtype), param.dims)
+    """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
+    at_rest = layout.constrain(param[...].astype(dtype), param.dims, storage=True)  # or the gather moves above the cast
+    return layout.constrain(at_rest, param.dims)

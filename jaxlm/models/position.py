@@ -40,5 +40,5 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 def alibi_bias(num_heads: int, seq_len: int) -> jax.Array:
     """slope * (s - t), f32[1, N, T, S]: zero on the diagonal, falling with distance into the past."""
-    distance_TS = np.arange(seq_len)[None, :] - np.arange(seq_len)[:, None]
-    return jnp.asarray(alibi_slopes(num_heads)[None, :, None, None] * distance_TS[None, None].astype(np.float32))
+    t = jnp.arange(seq_len, dtype=jnp.float32)  # on the device: as a literal it would be N T^2 words of program
+    return jnp.asarray(alibi_slopes(num_heads))[None, :, None, None] * (t[None, :] - t[:, None])[None, None]

@@ -69,14 +69,19 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def num_row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(("batch",))[0])
+
+    @property
     def platform(self) -> str:
         """cpu | gpu | tpu."""
         kind = self.mesh.devices.flat[0].platform
         return "gpu" if kind in ("cuda", "rocm") else kind
 
-    def constrain(self, x: jax.Array, dims: Sequence[str]) -> jax.Array:
-        """`x` held to its compute layout; nothing on a single device."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(dims))
+    def constrain(self, x: jax.Array, dims: Sequence[str], *, storage: bool = False) -> jax.Array:
+        """`x` held to its compute layout, or its storage layout; nothing on a single device."""
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(dims, storage=storage))
 
     def check_divides(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> None:
         """Raises UserError where a dim at rest does not split evenly over its mesh axes."""

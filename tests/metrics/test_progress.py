@@ -144,7 +144,7 @@ def test_a_live_line_has_the_bar_and_every_field_where_there_is_room():
 
     (line, after) = screen(on_terminal(140, show))
     assert line == (
-        " 50% [============>           ]  500/1000  loss 10.826174  lr 3.00e-04  grad 1.23  123k tok/s  mfu 41.2%"
+        " 50% [============>           ]  500/1000  loss 10.8262  lr 3.00e-04  grad 1.23  123k tok/s  mfu 41.2%"
         "  wait 2%  eta 0:02:05"
     )
     assert after == ""
@@ -155,7 +155,7 @@ def test_a_narrow_live_line_keeps_step_loss_and_eta():
         with Progress(num_steps=1000, stream=stream, clock=Clock()) as progress:
             progress.update(record(500))
 
-    assert screen(on_terminal(50, show))[0] == " 50%  500/1000  loss 10.826174  eta 0:02:05"
+    assert screen(on_terminal(50, show))[0] == " 50%  500/1000  loss 10.8262  eta 0:02:05"
 
 
 def test_a_note_stands_above_the_live_line_without_remains_of_it():

@@ -141,7 +141,7 @@ def test_any_loss_can_be_reported(tmp_path, loss):
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "unlogged", "no config"])
-def test_a_folder_without_a_run_is_a_three_line_error_and_exit_2(tmp_path, make, capsys):
+def test_a_folder_without_a_run_is_a_three_line_error_and_exit_2(tmp_path, make):
     workdir = tmp_path / "run"
     if make != "missing":
         make_run(workdir)
@@ -149,11 +149,9 @@ def test_a_folder_without_a_run_is_a_three_line_error_and_exit_2(tmp_path, make,
         (workdir / "metrics.jsonl").unlink()
     if make in ("empty", "no config"):
         (workdir / "config.json").unlink()
-    assert main([str(workdir)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 3 and str(workdir) in error
-    with pytest.raises(UserError):
-        write_report(workdir)
+    with pytest.raises(UserError) as caught:
+        main([str(workdir)])
+    assert caught.value.exit_code == 2 and str(caught.value).count("\n") == 2 and str(workdir) in str(caught.value)
     assert not (workdir / "report.md").exists()
 
 

@@ -127,11 +127,14 @@ def test_attention_that_drops_nothing_is_the_attention_without_dropout(family):
     )
     bias = alibi_bias(6, 16) if m.position == "alibi" else None
     run = choose_attention(m, "cpu").kernel.run
-    got, want = run(q, k, v, bias, lambda weights: weights), run(q, k, v, bias, None)
+    everything = np.ones((2, 6, 16, 16), np.float32)
+    got, want = run(q, k, v, bias, everything), run(q, k, v, bias, None)
     # sums of 4 and of 16 terms and one softmax in f32
     np.testing.assert_allclose(got, want, rtol=0, atol=32 * 2**-24 * np.abs(want).max())
-    halved = run(q, k, v, bias, lambda weights: weights / 2)
-    np.testing.assert_allclose(2 * halved, got, rtol=1e-6)
+    one_head = everything * (np.arange(6) == 1)[:, None, None]
+    kept = run(q, k, v, bias, one_head)
+    np.testing.assert_array_equal(kept[:, :, 1], got[:, :, 1])
+    assert not np.any(np.delete(kept, 1, axis=2))
 
 
 def test_dropout_keeps_the_mean_and_zeroes_its_share():
