@@ -16,7 +16,7 @@ def get_config(size: str = "cpu") -> ConfigDict:
         raise ValueError(f"{size!r}: choose cpu or gpu")
     if size == "cpu":
         model = dict(num_layers=4, num_heads=4, embed_dim=128, max_seq_len=64)
-        train, log_every = dict(num_steps=2000, batch_size=12), 1
+        train, log_every = dict(num_steps=2000, batch_size=12, seed=1), 1
     else:
         model = dict(num_layers=6, num_heads=6, embed_dim=384, max_seq_len=256, dropout=0.2, dtype="bfloat16")
         train, log_every = dict(num_steps=5000, batch_size=64), 10
