@@ -74,7 +74,7 @@ class TrainConfig:
     eval_every: int = setting(0, "steps between evaluations; the last step always evaluates (0: only then)")
     eval_batches: int = setting(0, "batches in one evaluation (0: all held-out rows once)")
     z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
-    loss_chunk_tokens: int = setting(8192, "tokens whose logits exist at one time")
+    loss_chunk_tokens: int = setting(8192, "tokens whose logits exist at one time on a device")
     max_nonfinite_steps: int = setting(
         5, "steps in a row with a non-finite loss or gradient that end the run with exit 4"
     )

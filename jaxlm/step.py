@@ -229,6 +229,7 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
         model.head_matrix(),
         batch.labels,
         batch.weights,
+        layout=program.layout,
         vocab_size=program.config.model.vocab_size,
         z_loss=train.z_loss,
         chunk_tokens=train.loss_chunk_tokens,

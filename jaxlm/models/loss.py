@@ -1,12 +1,33 @@
-# Dims: B batch, T position, D model width, V padded vocabulary, C chunks of positions.
-"""Cross entropy whose gradient is formed in the forward pass, a chunk of positions at a time: no [B, T, V] array exists."""
+# Dims: B batch, T position, D model width, V padded vocabulary, N tokens of one device, C chunks of them.
+"""Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no [B, T, V] array exists.
+
+Fully manual over the mesh: each device sees its rows, its positions and its shard of the vocabulary, and what must be
+summed is summed once, after the last chunk.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.parallel.rules import Layout
+
+
+class Settings(NamedTuple):
+    """What stays fixed in a run; see `cross_entropy_sums`."""
+
+    layout: Layout
+    vocab_size: int
+    z_loss: float
+    chunk_tokens: int
+
+    def axes(self, *dims: str) -> tuple[str, ...]:
+        """Mesh axes above 1 that split `dims`: none on one device, where there is nothing to sum over."""
+        used = [axis for axes in self.layout.axes(dims) for axis in axes]
+        return tuple(axis for axis in used if self.layout.mesh.shape[axis] > 1)
 
 
 def cross_entropy_sums(
@@ -15,6 +36,7 @@ def cross_entropy_sums(
     labels_BT: jax.Array,
     weights_BT: jax.Array,
     *,
+    layout: Layout,
     vocab_size: int,
     z_loss: float = 0.0,
     chunk_tokens: int = 8192,
@@ -28,36 +50,22 @@ def cross_entropy_sums(
     Args:
       x_BTD: what the head reads, in the compute dtype.   head_VD: the head, same dtype.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
-      chunk_tokens: about how many tokens' logits exist at a time.
+      chunk_tokens: about how many tokens' logits exist at a time on a device.
 
     Source: z-loss, Chowdhery et al., arXiv:2204.02311, section 5.
     """
-    return _sums(x_BTD, head_VD, labels_BT, weights_BT, (vocab_size, z_loss, chunk_tokens))
+    settings = Settings(layout, vocab_size, z_loss, chunk_tokens)
+    return _sums(x_BTD, head_VD, labels_BT, weights_BT, settings)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    def chunk(sums, xs):
-        objective, nats, _ = _chunk_terms(*xs, head_VD, settings)
-        return (sums[0] + objective, sums[1] + nats), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(chunk, (zero, zero), _chunked(x_BTD, labels_BT, weights_BT, settings[2]))[0]
+    return _on_mesh(partial(_local_sums, settings, False), settings)(x_BTD, head_VD, labels_BT, weights_BT)[:2]
 
 
 def _sums_forward(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    def chunk(carry, xs):
-        objective, nats, dlogits_BTV = _chunk_terms(*xs, head_VD, settings)
-        dx_BTD = jnp.einsum("btv,vd->btd", dlogits_BTV, head_VD)
-        dhead_VD = jnp.einsum("btv,btd->vd", dlogits_BTV, xs[0], preferred_element_type=jnp.float32)
-        return (carry[0] + objective, carry[1] + nats, carry[2] + dhead_VD), dx_BTD
-
-    zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero, jnp.zeros(head_VD.shape, jnp.float32))
-    (objective, nats, dhead_VD), dx_CBTD = jax.lax.scan(
-        chunk, carry, _chunked(x_BTD, labels_BT, weights_BT, settings[2])
-    )
-    dx_BTD = jnp.moveaxis(dx_CBTD, 0, 2).reshape(x_BTD.shape)
+    run = _on_mesh(partial(_local_sums, settings, True), settings)
+    objective, nats, dx_BTD, dhead_VD = run(x_BTD, head_VD, labels_BT, weights_BT)
     return (objective, nats), (dx_BTD, dhead_VD, head_VD)
 
 
@@ -70,30 +78,68 @@ def _sums_backward(settings, saved, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _chunk_terms(x_BTD, labels_BT, weights_BT, head_VD, settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(objective, nats, d objective / d logits in x's dtype) of one chunk."""
-    vocab_size, z_loss, _ = settings
-    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD).astype(jnp.float32)
-    index_V = jnp.arange(head_VD.shape[0])
-    if vocab_size < head_VD.shape[0]:
-        logits_BTV = jnp.where(index_V < vocab_size, logits_BTV, -jnp.inf)
-    z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BTV = index_V == labels_BT[..., None]
-    nats_BT = weights_BT * (z_BT - jnp.where(hit_BTV, logits_BTV, 0.0).sum(-1))
-    objective = (nats_BT + z_loss * weights_BT * jnp.square(z_BT)).sum()
-    slope_BT = 1 + 2 * z_loss * z_BT
-    dlogits_BTV = weights_BT[..., None] * (jnp.exp(logits_BTV - z_BT[..., None]) * slope_BT[..., None] - hit_BTV)
-    return objective, nats_BT.sum(), dlogits_BTV.astype(x_BTD.dtype)
+def _on_mesh(local, settings: Settings):
+    """`local` on every device's share: rows and positions of x, labels and weights, vocabulary rows of the head."""
+    layout = settings.layout
+    if layout.mesh.size == 1:
+        return local
+    x, head = layout.spec(("batch", "seq", "embed")), layout.spec(("vocab", "embed"))
+    tokens = layout.spec(("batch", "seq"))
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(x, head, tokens, tokens),
+        out_specs=(jax.P(), jax.P(), x, head),
+        check_vma=False,
+    )
 
 
-def num_chunks(batch: int, seq_len: int, chunk_tokens: int) -> int:
-    """Smallest divisor of seq_len that leaves at most chunk_tokens tokens a chunk (seq_len if none does)."""
-    divisors = (c for c in range(1, seq_len + 1) if seq_len % c == 0)
-    return next((c for c in divisors if batch * seq_len // c <= chunk_tokens), seq_len)
+def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT):
+    """(objective, nats, dx, dhead) with sums over the whole mesh; without `gradient` the last two are None."""
+    tokens, vocab = settings.axes("batch", "seq"), settings.axes("vocab")
+    C = num_chunks(labels_BT.size, settings.chunk_tokens)
+    chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
+
+    def add(sums, chunk):
+        x_ND, _, _ = chunk
+        objective, nats, dlogits_NV = _chunk_terms(*chunk, head_VD, settings)
+        sums, dx_ND = [sums[0] + objective, sums[1] + nats, sums[2]], None
+        if gradient:
+            dx_ND = jnp.einsum("nv,vd->nd", dlogits_NV, head_VD)
+            sums[2] = sums[2] + jnp.einsum("nv,nd->vd", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
+        return tuple(sums), dx_ND
+
+    zero = jnp.zeros((), jnp.float32)
+    dhead_VD = jnp.zeros(head_VD.shape, jnp.float32) if gradient else None
+    (objective, nats, dhead_VD), dx_CND = jax.lax.scan(add, (zero, zero, dhead_VD), chunks)
+    objective, nats = jax.lax.psum((objective, nats), tokens)
+    if not gradient:
+        return objective, nats, None, None
+    return objective, nats, jax.lax.psum(dx_CND, vocab).reshape(x_BTD.shape), jax.lax.psum(dhead_VD, tokens)
 
 
-def _chunked(x_BTD, labels_BT, weights_BT, chunk_tokens):
-    """Each array as [C, B, T/C, ...], taking every C-th position: rows and blocks of positions stay on their device."""
-    B, T = labels_BT.shape
-    C = num_chunks(B, T, chunk_tokens)
-    return tuple(jnp.moveaxis(a.reshape(B, T // C, C, *a.shape[2:]), 2, 0) for a in (x_BTD, labels_BT, weights_BT))
+def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(objective, nats, d objective / d logits in x's dtype) of one chunk; the logits are of this device's rows of V."""
+    vocab = settings.axes("vocab")
+    logits_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD).astype(jnp.float32)
+    index_V = jnp.arange(head_VD.shape[0]) + (jax.lax.axis_index(vocab) * head_VD.shape[0] if vocab else 0)
+    logits_NV = jnp.where(index_V < settings.vocab_size, logits_NV, -jnp.inf)
+    top_N = jax.lax.pmax(logits_NV.max(-1), vocab)
+    z_N = top_N + jnp.log(jax.lax.psum(jnp.exp(logits_NV - top_N[:, None]).sum(-1), vocab))
+    hit_NV = index_V == labels_N[:, None]
+    label_N = jax.lax.psum(jnp.where(hit_NV, logits_NV, 0.0).sum(-1), vocab)
+    nats_N = weights_N * (z_N - label_N)
+    objective = (nats_N + settings.z_loss * weights_N * jnp.square(z_N)).sum()
+    slope_N = 1 + 2 * settings.z_loss * z_N
+    dlogits_NV = weights_N[:, None] * (jnp.exp(logits_NV - z_N[:, None]) * slope_N[:, None] - hit_NV)
+    return objective, nats_N.sum(), dlogits_NV.astype(x_ND.dtype)
+
+
+def num_chunks(num_tokens: int, chunk_tokens: int) -> int:
+    """Into how many equal chunks to cut: the fewest of at most chunk_tokens tokens, unless the divisors of num_tokens
+    make those smaller than an eighth of it; then the most of at least chunk_tokens."""
+    divisors = [c for c in range(1, num_tokens + 1) if num_tokens % c == 0]
+    fewest = next(c for c in divisors if num_tokens // c <= chunk_tokens)
+    if 8 * (num_tokens // fewest) >= min(chunk_tokens, num_tokens):
+        return fewest
+    return max(c for c in divisors if num_tokens // c >= chunk_tokens)

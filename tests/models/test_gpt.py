@@ -11,7 +11,7 @@ from jaxlm.config import REMAT_NAMES, Config, ModelConfig, derived
 from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
 from jaxlm.models.kernels import choose_attention
-from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.loss import cross_entropy_sums, num_chunks
 from jaxlm.models.position import alibi_bias, alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
 
@@ -152,6 +152,11 @@ def test_alibi_slopes_follow_the_paper_and_blooms_order():
     assert len(alibi_slopes(112)) == 112
 
 
+def test_chunks_are_neither_huge_nor_tiny():
+    assert [num_chunks(n, 8192) for n in (100, 8192, 16384, 32 * 1021, 480 * 1024)] == [1, 1, 2, 4, 60]
+    assert num_chunks(10007, 8192) == 1  # a prime number of tokens stays whole rather than one by one
+
+
 def scaled_gradients(fn, scale):
     return jax.value_and_grad(lambda *a: (scale * fn(*a)[0], fn(*a)[1]), (0, 1), has_aux=True)
 
@@ -173,7 +178,7 @@ def test_chunked_loss_and_gradient_equal_full_logits(chunk_tokens, z_loss):
 
     def ours(x, head):
         return cross_entropy_sums(
-            x, head, b.labels, b.weights, vocab_size=61, z_loss=z_loss, chunk_tokens=chunk_tokens
+            x, head, b.labels, b.weights, layout=tiny.layout(), vocab_size=61, z_loss=z_loss, chunk_tokens=chunk_tokens
         )  # fmt: skip
 
     def full(x, head):
