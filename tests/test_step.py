@@ -132,7 +132,8 @@ def test_remat_by_name_keeps_exactly_the_named_tensors():
     assert full[0] > none[0] and full[1] > none[1]  # GELU's tanh and the matmuls are computed again
     everything = ",".join(f"{name}=keep" for name in REMAT_NAMES if name != "mlp_gate")
     matmuls = ",".join(f"{name}=keep" for name in ("query", "key", "value", "attn_context", "attn_out", "mlp_up"))
-    assert none[1] == compiled(matmuls)[1] == compiled(everything)[1]
+    # attention's two inner products have no name: some versions of XLA share them with the forward's, some do not
+    assert none[1] <= compiled(everything)[1] <= compiled(matmuls)[1] <= none[1] + 2 < full[1]
     assert compiled("mlp_up=keep")[1] == full[1] - 1
     assert not full[2] and compiled("mlp_up=offload")[2]
 

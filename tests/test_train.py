@@ -118,6 +118,25 @@ def test_killed_at_a_random_moment_and_rerun_equals_the_unbroken_run_to_the_last
     assert_bitwise(final_state(folder / name), final_state(unbroken))
 
 
+@pytest.mark.nightly
+def test_the_quickstart_killed_at_a_random_moment_equals_its_unbroken_run_to_the_last_bit(tmp_path):
+    config = ["--config", str(Path(__file__).parents[1] / "configs" / "quickstart.py"), "--config.train.num_steps=80"]
+    config += ["--config.train.eval_every=40", "--config.checkpoint.every_steps=20", "--config.mesh.data=1"]
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    for name, patience_s in (("whole", None), ("killed", 30 * random.random()), ("killed", None)):
+        args = [sys.executable, "-m", "jaxlm.train", *config, "--workdir", str(tmp_path / name)]
+        child = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        if patience_s is None:
+            said, _ = child.communicate()
+            assert child.returncode == 0, said
+        else:
+            time.sleep(8 + patience_s)
+            child.kill()
+            child.wait()
+            assert len(read_metrics(tmp_path / name)) < 82
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_and_the_rerun_loses_no_step(folder, unbroken, number, code):
     name = f"signal-{code}"
