@@ -6,7 +6,7 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   session.py                                    what the loop and the tools both open: data, program, checkpoints
   step.py                                       one update: model x loss x optimizer x mesh
   models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
-  parallel/                                     mesh and sharding table
+  parallel/                                     mesh, sharding table, attention over a mesh
   settings.py config.py                         from files and flags to frozen dataclasses
 """
 

@@ -6,6 +6,7 @@ that no document can end itself. Nothing is added at the start or the end; who w
 
 from __future__ import annotations
 
+import abc
 import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -42,7 +43,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Encoding:
+class _Encoding(abc.ABC):
     """`encode` from `encode_batch`."""
 
     def encode(self, text: str) -> np.ndarray:
@@ -54,8 +55,8 @@ class _Encoding:
             raise UserError(Problem(f"text, character {error.start}", rule, remedy)) from None
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
 
 class ByteTokenizer(_Encoding):

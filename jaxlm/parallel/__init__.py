@@ -1,4 +1,8 @@
 """How arrays lie on devices: the mesh and the one table from logical dims to mesh axes.
 
+rules.py    the table: logical dim -> mesh axes, computing and at rest
+mesh.py     degrees -> Mesh
+context.py  attention over a mesh: positions and heads change places
+
 May import jaxlm.config and jax; knows no model. Start with rules.py.
 """
