@@ -120,10 +120,10 @@ def test_killed_at_a_random_moment_and_rerun_equals_the_unbroken_run_to_the_last
 
 @pytest.mark.nightly
 def test_the_quickstart_killed_at_a_random_moment_equals_its_unbroken_run_to_the_last_bit(tmp_path):
-    config = ["--config", str(Path(__file__).parents[1] / "configs" / "quickstart.py"), "--config.train.num_steps=80"]
+    config = ["--config", str(Path(__file__).parents[1] / "configs" / "quickstart.py"), "--config.train.num_steps=200"]
     config += ["--config.train.eval_every=40", "--config.checkpoint.every_steps=20", "--config.mesh.data=1"]
     env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    for name, patience_s in (("whole", None), ("killed", 30 * random.random()), ("killed", None)):
+    for name, patience_s in (("whole", None), ("killed", 20 * random.random()), ("killed", None)):
         args = [sys.executable, "-m", "jaxlm.train", *config, "--workdir", str(tmp_path / name)]
         child = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         if patience_s is None:
@@ -133,7 +133,7 @@ def test_the_quickstart_killed_at_a_random_moment_equals_its_unbroken_run_to_the
             time.sleep(8 + patience_s)
             child.kill()
             child.wait()
-            assert len(read_metrics(tmp_path / name)) < 82
+            assert 0 < len(read_metrics(tmp_path / name)) < 205
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
