@@ -99,9 +99,8 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
         restored = store.restore_latest(abstract_state(program))
         if restored and restored.step >= config.train.num_steps:
-            progress.note(
-                f"already at step {restored.step} of {config.train.num_steps}: raise train.num_steps to go on"
-            )
+            progress.note(f"already at step {restored.step}: raise train.num_steps to go on")
+            note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
         state = restored.state if restored else init_state(program)
         start = restored.step if restored else 0
@@ -121,8 +120,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
             state, code = loop.run(state, start)
         except UserError:
             log.flush()
-            if read_metrics(workdir):
-                progress.note(f"report: {write_report(workdir)}")
+            note_report(workdir, progress.note)
             raise
         finish(program, state, corpus, workdir, code, progress.note)
     return code
@@ -151,12 +149,10 @@ class Loop:
         every record up to k is on disk, and a run that is killed between any two of these resumes without a gap.
         """
         train = self.program.config.train
-        save_every = self.program.config.checkpoint.every_steps
+        save_every, depth = self.program.config.checkpoint.every_steps, self.program.config.data.prefetch
         done = start
         with (
-            prefetch(
-                self._batch, start=start, stop=train.num_steps, depth=self.program.config.data.prefetch
-            ) as batches,
+            prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
             jax.transfer_guard("disallow"),
         ):
             self.meter.start(time_s=time.monotonic())
@@ -382,14 +378,20 @@ def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, c
     if code == EXIT_NOT_SAVED:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
-        note("saved; the same command goes on from here")
+        note("stopped; the same command goes on from here")
     elif log.sample_tokens:
         sample = write_sample(
             program, state.params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
             temperature=0.8, top_k=50, seed=program.config.train.seed,
         )  # fmt: skip
         note(f"--- the model's writing ---\n{sample}\n---")
-    note(f"report: {write_report(workdir, sample=sample)}")
+    note_report(workdir, note, sample=sample)
+
+
+def note_report(workdir: Path, note: Callable[[str], None], *, sample: str | None = None) -> None:
+    """Writes the report and says where it is; nothing before the first logged step."""
+    if read_metrics(workdir):
+        note(f"report: {write_report(workdir, sample=sample)}")
 
 
 if __name__ == "__main__":

@@ -261,10 +261,12 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_context_it_has():
 
 def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
     monkeypatch.chdir(unbroken.parent)
+    (unbroken / "report.md").unlink()  # as if killed between the last save and the report
     assert evaluate.main(["--workdir", "unbroken", "--json"]) == 0
     assert generate.main(["--workdir", "unbroken", "--prompt", "the", "--max-new-tokens", "2"]) == 0
     assert train.main(["--config", "tiny.py", "--workdir", "unbroken"]) == 0
     assert f"already at step {STEPS}" in capsys.readouterr().out
+    assert (unbroken / "report.md").is_file()
 
 
 def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_changes(folder, unbroken):
@@ -274,6 +276,13 @@ def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_ch
         with pytest.raises(UserError, match="checkpoints made with"):
             train.main(command(folder, "unbroken", f"--config.{override}"))
     assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch):
+    make = train.make_meter
+    monkeypatch.setattr(train, "make_meter", lambda facts: (signal.raise_signal(signal.SIGTERM), make(facts))[1])
+    assert train.main(command(folder, "early")) == 75
+    assert not read_metrics(folder / "early")
 
 
 def test_two_runs_can_not_share_a_workdir(folder, unbroken):
