@@ -24,11 +24,6 @@ class Settings(NamedTuple):
     z_loss: float
     chunk_tokens: int
 
-    def axes(self, *dims: str) -> tuple[str, ...]:
-        """Mesh axes above 1 that split `dims`: none on one device, where there is nothing to sum over."""
-        used = [axis for axes in self.layout.axes(dims) for axis in axes]
-        return tuple(axis for axis in used if self.layout.mesh.shape[axis] > 1)
-
 
 def cross_entropy_sums(
     x_BTD: jax.Array,
@@ -81,22 +76,14 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _on_mesh(local, settings: Settings):
     """`local` on every device's share: rows and positions of x, labels and weights, vocabulary rows of the head."""
     layout = settings.layout
-    if layout.mesh.size == 1:
-        return local
     x, head = layout.spec(("batch", "seq", "embed")), layout.spec(("vocab", "embed"))
     tokens = layout.spec(("batch", "seq"))
-    return jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(x, head, tokens, tokens),
-        out_specs=(jax.P(), jax.P(), x, head),
-        check_vma=False,
-    )
+    return layout.on_mesh(local, (x, head, tokens, tokens), (jax.P(), jax.P(), x, head))
 
 
 def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT):
     """(objective, nats, dx, dhead) with sums over the whole mesh; without `gradient` the last two are None."""
-    tokens, vocab = settings.axes("batch", "seq"), settings.axes("vocab")
+    tokens, vocab = settings.layout.split("batch", "seq"), settings.layout.split("vocab")
     C = num_chunks(labels_BT.size, settings.chunk_tokens)
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
 
@@ -120,7 +107,7 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
 
 def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(objective, nats, d objective / d logits in x's dtype) of one chunk; the logits are of this device's rows of V."""
-    vocab = settings.axes("vocab")
+    vocab = settings.layout.split("vocab")
     logits_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD).astype(jnp.float32)
     index_V = jnp.arange(head_VD.shape[0]) + (jax.lax.axis_index(vocab) * head_VD.shape[0] if vocab else 0)
     logits_NV = jnp.where(index_V < settings.vocab_size, logits_NV, -jnp.inf)

@@ -6,8 +6,9 @@ Layers name logical dims and never mesh axes. A parallelism is a degree in the m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -78,6 +79,19 @@ class Layout:
         """cpu | gpu | tpu."""
         kind = self.mesh.devices.flat[0].platform
         return "gpu" if kind in ("cuda", "rocm") else kind
+
+    def split(self, *dims: str) -> tuple[str, ...]:
+        """Mesh axes above 1 that split `dims` when computing, in order: what a sum over those dims is summed over."""
+        return tuple(axis for axes in self.axes(dims) for axis in axes if self.mesh.shape[axis] > 1)
+
+    def on_mesh(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`local`, written for one device's share with its own collectives, as a function of whole arrays.
+
+        It is not differentiated: what calls it has a custom_vjp whose forward and backward both go through here.
+        """
+        if self.mesh.size == 1:
+            return local
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: jax.Array, dims: Sequence[str], *, storage: bool = False) -> jax.Array:
         """`x` held to its compute layout, or its storage layout; nothing on a single device."""
