@@ -55,6 +55,10 @@ class ModelConfig:
     )
 
 
+# Mesh axes, slow links outermost, fast links innermost. Experts, when they come, are one more axis, between fsdp and context.
+MESH_AXES = ("pipeline", "data", "fsdp", "context", "model")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     pipeline: int = setting(1, "groups of layers")
@@ -62,6 +66,13 @@ class MeshConfig:
     fsdp: int = setting(1, "parameters and optimizer state split this way; rows too")
     context: int = setting(1, "positions of one sequence")
     model: int = setting(1, "heads, MLP width and vocabulary")
+    zero: int = setting(3, "what fsdp splits at rest: 1 the optimizer's state, 2 gradients too, 3 parameters too")
+    rules: tuple[str, ...] = setting(
+        (), "rows of the sharding table to replace: dim=axes/axes, computing and at rest, as in embed=/data+fsdp"
+    )
+    max_replicated_frac: float = setting(
+        0.02, "largest share of parameter bytes that fsdp or model may leave whole on every device"
+    )
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,7 @@ def derived(config: Config) -> Config:
 
 # (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
 APPLIES = (
+    ("mesh.zero", lambda c: c.mesh.fsdp != 1 or c.mesh.rules, "mesh.fsdp above 1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
     ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
     ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
@@ -231,7 +243,7 @@ BETWEEN = {"optim.peak_lr": (0, float("inf")), "model.rope_theta": (1, float("in
 # key -> (low, high, high is allowed)
 WITHIN = {
     "model.dropout": (0, 1, False), "optim.beta1": (0, 1, False), "optim.beta2": (0, 1, False),
-    "optim.final_lr_frac": (0, 1, True),
+    "optim.final_lr_frac": (0, 1, True), "mesh.max_replicated_frac": (0, 1, True), "mesh.zero": (1, 3, True),
 }  # fmt: skip
 
 UNSUPPORTED_AXES = ("pipeline",)
@@ -313,7 +325,7 @@ def _check_model(config: Config, rule: Any) -> None:
 
 def _check_run(config: Config, rule: Any) -> None:
     m, t, o, d = config.model, config.train, config.optim, config.data
-    degrees = dataclasses.asdict(config.mesh)
+    degrees = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     for axis, degree in degrees.items():
         rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
         rule(

@@ -27,7 +27,7 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import Samples, TokenRange, split_ranges
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
 from jaxlm.settings import SCHEMA, from_json, shown
 from jaxlm.step import Program, abstract_state, make_program
@@ -100,7 +100,7 @@ def open_mesh(config: Config) -> Layout:
     Raises: UserError if a GPU is there that jax can't use, or mesh, batch or attention kernel do not fit the devices.
     """
     check_accelerator()
-    layout = Layout(make_mesh(config.mesh, jax.devices()))
+    layout = make_layout(config.mesh, jax.devices())
     choose_attention(config.model, layout.platform)
     shards, train = layout.num_row_shards, config.train
     rows = train.batch_size // train.accumulate

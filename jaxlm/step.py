@@ -24,6 +24,7 @@ from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
+from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.rules import Layout
 
 BATCH_DIMS = ("batch", "seq")
@@ -80,8 +81,8 @@ def make_program(config: Config, layout: Layout) -> Program:
     abstract = nnx.eval_shape(lambda: GPT(config.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)
-    for path, variable in flat:
-        layout.check_divides(".".join(map(str, path)), variable.shape, variable.dims)
+    params = {".".join(map(str, path)): Declared(v.shape, v.dims, v.size * v.dtype.itemsize) for path, v in flat}
+    check_layout(layout, params, max_replicated_frac=config.mesh.max_replicated_frac)
     model = config.model
     layout.check_divides("a row", (config.train.seq_len,), ("residual",))
     layout.check_divides("attention", (model.num_heads,), ("heads_of_rows",))
@@ -140,17 +141,22 @@ def state_shardings(program: Program) -> TrainState:
 
 
 def _shardings(program: Program, shapes: TrainState) -> TrainState:
-    at_rest = partial(program.layout.sharding, storage=True)
-    params = jax.tree.map(at_rest, program.dims, is_leaf=lambda x: isinstance(x, tuple))
-    whole = program.layout.replicated
+    layout = program.layout
+    params, stored = (_by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
+    whole = layout.replicated
 
     def like_param(moment: Any, param: Any, sharding: Any) -> Any:
         return sharding if moment.shape == param.shape else whole
 
     moments = optax.tree_map_params(
-        program.optimizer, like_param, shapes.opt_state, shapes.params, params, transform_non_params=lambda _: whole
+        program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
     )
     return TrainState(whole, params, moments, whole, whole)
+
+
+def _by_dims(function: Callable, dims: Any, *trees: Any) -> Any:
+    """`function` of the dims of each parameter, and of the leaves of `trees`."""
+    return jax.tree.map(function, dims, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -168,8 +174,10 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     if optim.clip_norm:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    split = partial(_by_dims, lambda dims, leaf: program.layout.constrain(leaf, dims, at="optimizer"), program.dims)
+    grads, params = split(grads), split(state.params)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
     params, opt_state = jax.tree.map(
         partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
     )  # fmt: skip
@@ -219,14 +227,14 @@ def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array)
         return _sums(program, params, batch, key if program.config.model.dropout > 0 else None)
 
     (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return nats, grads
+    return nats, _by_dims(lambda dims, g: program.layout.constrain(g, dims, at="grads"), program.dims, grads)
 
 
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     model, train = program.model(params), program.config.train
     return cross_entropy_sums(
         model.hidden(batch.tokens, key),
-        model.head_matrix(),
+        model.head_table[...],
         batch.labels,
         batch.weights,
         layout=program.layout,

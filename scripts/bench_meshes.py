@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxlm.config import Config, MeshConfig
 from jaxlm.models.presets import PRESETS
-from jaxlm.parallel.mesh import AXES, make_mesh
+from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
 from jaxlm.session import make_loader, open_corpus, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 def layout_of(text: str) -> Layout:
     degrees = {} if text == "one" else {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
-    mesh = MeshConfig(**({axis: 1 for axis in AXES} | degrees))
-    return Layout(make_mesh(mesh, jax.devices()[: int(np.prod(list(degrees.values()) or [1]))]))
+    mesh = MeshConfig(**({"data": 1} | degrees))  # pyright: ignore[reportArgumentType]
+    return make_layout(mesh, jax.devices()[: int(np.prod(list(degrees.values()) or [1]))])
 
 
 def measure(config: Config, corpus, text: str, steps: int) -> dict:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxlm.config import MeshConfig, UserError
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.config import UserError
 from jaxlm.parallel.rules import Layout
 from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads, put_batch
 
@@ -66,8 +65,8 @@ def one_device():
     return get
 
 
-def check(one_device, family: str, degrees: tuple[int, ...], accumulate: int):
-    layout = Layout(make_mesh(MeshConfig(**dict(zip(AXES, degrees))), jax.devices()[:8]))
+def check(one_device, family: str, degrees: tuple[int, ...], accumulate: int, **mesh):
+    layout = tiny.layout(8, **dict(zip(AXES, degrees)), **mesh)
     (got, losses), (want, want_losses) = numbers(config(family, accumulate), layout), one_device(family, accumulate)
     np.testing.assert_allclose(losses, want_losses, rtol=LOSS)
     whole = np.sqrt(sum(np.square(np.float64(b)).sum() for b in jax.tree.leaves(want)))

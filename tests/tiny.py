@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxlm.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, derived
 from jaxlm.data.loader import Batch
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
 
 SHAPE = dict(vocab_size=61, vocab_multiple=16, num_layers=3, embed_dim=24, num_heads=6, max_seq_len=16, init_std=0.2)
@@ -33,7 +33,7 @@ def config(family: str = "gpt2", *, train: dict | None = None, optim: dict | Non
 
 
 def layout(devices: int = 1, **mesh) -> Layout:
-    return Layout(make_mesh(MeshConfig(**mesh), jax.devices()[:devices]))
+    return make_layout(MeshConfig(**mesh), jax.devices()[:devices])
 
 
 def batch(config: Config, seed: int = 0) -> Batch:

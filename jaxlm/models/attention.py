@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.models.embed import dropout
 from jaxlm.models.kernels import choose_attention
-from jaxlm.models.params import use, vector, weight
+from jaxlm.models.params import add_bias, products, vector, weight
 from jaxlm.models.position import alibi_bias, rotate
 from jaxlm.parallel.context import attend
 from jaxlm.parallel.rules import Layout
@@ -24,7 +24,7 @@ class Attention(nnx.Module):
         D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
         kq, kk, kv, ko = jax.random.split(key, 4)
         std = model.init_std
-        self.model, self.layout = model, layout
+        self.model, self.layout, self.products = model, layout, products(model, layout)
         self.query = weight(kq, (D, N, H), "embed heads head", std=std)
         self.key = weight(kk, (D, K, H), "embed kv_heads head", std=std)
         self.value = weight(kv, (D, K, H), "embed kv_heads head", std=std)
@@ -36,22 +36,16 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on."""
-        q_BTNH = self._heads(x_BTD, self.query, self.query_bias, "heads")
-        k_BSKH = self._heads(x_BTD, self.key, self.key_bias, "kv_heads")
-        v_BSKH = checkpoint_name(self._heads(x_BTD, self.value, self.value_bias, "kv_heads"), "value")
+        q_BTNH, k_BSKH, v_BSKH = self.products.columns(x_BTD, self.query, self.key, self.value)
+        q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
+        v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
         if self.model.position == "rope":
             q_BTNH, k_BSKH = (rotate(x, theta=self.model.rope_theta) for x in (q_BTNH, k_BSKH))
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
-        bias = alibi_bias(self.model.num_heads, x_BTD.shape[1]) if self.model.position == "alibi" else None
+        bias = alibi_bias(self.model.num_heads, q_BTNH.shape[1]) if self.model.position == "alibi" else None
         kernel = choose_attention(self.model, self.layout.platform).kernel
         B, T, N, _ = q_BTNH.shape
         keep_BNTS = None if key is None else dropout(jnp.ones((B, N, T, T)), rate=self.model.dropout, key=key)
         context_BTNH = attend(self.layout, kernel.run, q_BTNH, k_BSKH, v_BSKH, bias, keep_BNTS)
         context_BTNH = checkpoint_name(context_BTNH, "attn_context")
-        y_BTD = jnp.einsum("btnh,nhd->btd", context_BTNH, use(self.out, self.model.dtype, self.layout))
-        return y_BTD if self.out_bias is None else y_BTD + self.out_bias[...].astype(y_BTD.dtype)
-
-    def _heads(self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, dim: str) -> jax.Array:
-        y_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, use(kernel, self.model.dtype, self.layout))
-        y_BTNH = y_BTNH if bias is None else y_BTNH + bias[...].astype(y_BTNH.dtype)
-        return self.layout.constrain(y_BTNH, ("batch", "seq", dim, "head"))
+        return add_bias(self.products.rows(context_BTNH, self.out), self.out_bias)

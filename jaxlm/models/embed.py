@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.models.norm import Norm
-from jaxlm.models.params import weight
+from jaxlm.models.params import products, use, weight
+from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.rules import Layout
 
 
@@ -33,12 +34,10 @@ class Embedding(nnx.Module):
         self.norm = Norm(D, kind="layernorm", eps=model.norm_eps, bias=model.use_bias) if model.embed_norm else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        # the table is gathered whole but for its vocab shards; rows are cast after the lookup: its gradient sums in f32
-        table_VD = self.layout.constrain(self.tokens[...], self.tokens.dims)
-        x_BTD = self.layout.constrain(jnp.take(table_VD, tokens_BT, axis=0), ("batch", "seq", "embed"))
+        x_BTD = products(self.model, self.layout).lookup(self.tokens, tokens_BT)
         if self.positions is not None:
-            x_BTD = x_BTD + self.layout.constrain(self.positions[...], self.positions.dims)[: tokens_BT.shape[1]]
-        x_BTD = self.layout.constrain(x_BTD.astype(self.model.dtype), ("batch", "seq", "embed"))
+            positions_TD = use(self.positions, "float32", self.layout)[: tokens_BT.shape[1]]
+            x_BTD = self.layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
 

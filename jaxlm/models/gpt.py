@@ -16,7 +16,7 @@ from jaxlm.models.attention import Attention
 from jaxlm.models.embed import Embedding, dropout, padded_vocab
 from jaxlm.models.mlp import MLP
 from jaxlm.models.norm import Norm
-from jaxlm.models.params import use, weight
+from jaxlm.models.params import Parameter, use, weight
 from jaxlm.parallel.rules import Layout
 
 
@@ -25,7 +25,7 @@ class Block(nnx.Module):
 
     def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
         ka, km = jax.random.split(key)
-        self.rate, self.layout = model.dropout, layout
+        self.rate = model.dropout
         self.attn_norm, self.mlp_norm = (
             Norm(model.embed_dim, kind=model.norm, eps=model.norm_eps, bias=model.use_bias) for _ in range(2)
         )
@@ -33,19 +33,10 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
-        y_BTD = self.attn(self._enter(self.attn_norm(x_BTD), "attn_norm"), kw)
-        x_BTD = x_BTD + self._leave(y_BTD, "attn_out", ka)
-        y_BTD = self.mlp(self._enter(self.mlp_norm(x_BTD), "mlp_norm"))
-        return x_BTD + self._leave(y_BTD, "mlp_out", km)
-
-    def _enter(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        """A branch's input: positions gathered over the model axis, where its weights are split instead."""
-        return self.layout.constrain(checkpoint_name(x_BTD, name), ("batch", "seq", "embed"))
-
-    def _leave(self, y_BTD: jax.Array, name: str, key: jax.Array | None) -> jax.Array:
-        """A branch's output: summed over the model axis and split over positions again, then dropped out."""
-        y_BTD = self.layout.constrain(y_BTD, ("batch", "residual", "embed"))
-        return checkpoint_name(dropout(y_BTD, rate=self.rate, key=key), name)
+        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw)
+        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka), "attn_out")
+        y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
+        return x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=km), "mlp_out")
 
 
 class GPT(nnx.Module):
@@ -62,24 +53,24 @@ class GPT(nnx.Module):
         )
 
     def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """What the head reads, [B, T, D] in the compute dtype. With a key, dropout is on; each layer folds in its index."""
+        """What the head reads, [B, T, D] in the compute dtype, as RESIDUAL. With a key, dropout is on: a key a layer."""
         ke = None if key is None else jax.random.fold_in(key, self.model.num_layers)
-        x_BTD = self.layout.constrain(self.embed(tokens_BT), ("batch", "residual", "embed"))
-        x_BTD = dropout(x_BTD, rate=self.model.dropout, key=ke)
+        x_BTD = dropout(self.embed(tokens_BT), rate=self.model.dropout, key=ke)
         graph = nnx.split(self.layers[0])[0]
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
         run = partial(_scan, self.model.dtype) if self.model.scan_layers else _unroll
-        x_BTD = self.final_norm(run(block, layers, x_BTD, key))
-        return self.layout.constrain(x_BTD, ("batch", "seq", "embed"))
+        return self.final_norm(run(block, layers, x_BTD, key))
 
-    def head_matrix(self) -> jax.Array:
-        """[V, D] in the compute dtype: the head's own, or the token table."""
-        return use(self.embed.tokens if self.head is None else self.head, self.model.dtype, self.layout)
+    @property
+    def head_table(self) -> Parameter:
+        """[V, D]: the head's own, or the token table."""
+        return self.embed.tokens if self.head is None else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """f32[B, T, vocab_size]: for sampling and scoring; training goes through loss.py and never holds these."""
-        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, self.head_matrix(), preferred_element_type=jnp.float32)
+        head_VD = use(self.head_table, self.model.dtype, self.layout)
+        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
         return logits_BTV[..., : self.model.vocab_size]
 
 

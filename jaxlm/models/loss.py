@@ -13,7 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel.dense import RESIDUAL, gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
+
+HEAD = ("vocab", "embed")
 
 
 class Settings(NamedTuple):
@@ -43,7 +46,7 @@ def cross_entropy_sums(
     Logits are made in x's dtype, everything after in f32; the head's gradient accumulates in f32 over chunks.
 
     Args:
-      x_BTD: what the head reads, in the compute dtype.   head_VD: the head, same dtype.
+      x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest, float32.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
       chunk_tokens: about how many tokens' logits exist at a time on a device.
 
@@ -61,13 +64,13 @@ def _sums(x_BTD, head_VD, labels_BT, weights_BT, settings):
 def _sums_forward(x_BTD, head_VD, labels_BT, weights_BT, settings):
     run = _on_mesh(partial(_local_sums, settings, True), settings)
     objective, nats, dx_BTD, dhead_VD = run(x_BTD, head_VD, labels_BT, weights_BT)
-    return (objective, nats), (dx_BTD, dhead_VD, head_VD)
+    return (objective, nats), (dx_BTD, dhead_VD)
 
 
 def _sums_backward(settings, saved, cotangents):
-    dx_BTD, dhead_VD, head_VD = saved
+    dx_BTD, dhead_VD = saved
     scale = cotangents[0]
-    return (dx_BTD * scale.astype(dx_BTD.dtype), (dhead_VD * scale).astype(head_VD.dtype), None, None)
+    return dx_BTD * scale.astype(dx_BTD.dtype), dhead_VD * scale, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
@@ -76,14 +79,16 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _on_mesh(local, settings: Settings):
     """`local` on every device's share: rows and positions of x, labels and weights, vocabulary rows of the head."""
     layout = settings.layout
-    x, head = layout.spec(("batch", "seq", "embed")), layout.spec(("vocab", "embed"))
-    tokens = layout.spec(("batch", "seq"))
-    return layout.on_mesh(local, (x, head, tokens, tokens), (jax.P(), jax.P(), x, head))
+    x, tokens = layout.spec(RESIDUAL), layout.spec(("batch", "seq"))
+    head, dhead = (layout.spec(HEAD, at=at) for at in ("params", "grads"))
+    return layout.on_mesh(local, (x, head, tokens, tokens), (jax.P(), jax.P(), x, dhead))
 
 
 def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT):
     """(objective, nats, dx, dhead) with sums over the whole mesh; without `gradient` the last two are None."""
-    tokens, vocab = settings.layout.split("batch", "seq"), settings.layout.split("vocab")
+    layout = settings.layout
+    head_VD = gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
+    x_BTD = gather_positions(layout, x_BTD)
     C = num_chunks(labels_BT.size, settings.chunk_tokens)
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
 
@@ -99,10 +104,11 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
     zero = jnp.zeros((), jnp.float32)
     dhead_VD = jnp.zeros(head_VD.shape, jnp.float32) if gradient else None
     (objective, nats, dhead_VD), dx_CND = jax.lax.scan(add, (zero, zero, dhead_VD), chunks)
-    objective, nats = jax.lax.psum((objective, nats), tokens)
-    if not gradient:
+    objective, nats = jax.lax.psum((objective, nats), layout.split("batch", "seq"))
+    if dhead_VD is None or dx_CND is None:
         return objective, nats, None, None
-    return objective, nats, jax.lax.psum(dx_CND, vocab).reshape(x_BTD.shape), jax.lax.psum(dhead_VD, tokens)
+    dx_BTD = scatter_positions(layout, dx_CND.reshape(x_BTD.shape), layout.split("vocab"))
+    return objective, nats, dx_BTD, reduce_gradient(layout, dhead_VD, HEAD)
 
 
 def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.params import use, vector, weight
+from jaxlm.models.params import add_bias, products, vector, weight
 from jaxlm.parallel.rules import Layout
 
 
@@ -19,7 +19,7 @@ class MLP(nnx.Module):
         D, F = model.embed_dim, model.mlp_dim
         ku, kg, kd = jax.random.split(key, 3)
         gated = model.activation == "swiglu"
-        self.model, self.layout = model, layout
+        self.products = products(model, layout)
         self.up = weight(ku, (D, F), "embed mlp", std=model.init_std)
         self.gate = weight(kg, (D, F), "embed mlp", std=model.init_std) if gated else None
         self.down = weight(kd, (F, D), "mlp embed", std=model.init_std / (2 * model.num_layers) ** 0.5)
@@ -28,16 +28,13 @@ class MLP(nnx.Module):
         self.down_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up_BTF = checkpoint_name(self._project(x_BTD, self.up, self.up_bias), "mlp_up")
         if self.gate is None:
+            (up_BTF,) = self.products.columns(x_BTD, self.up)
+            up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
             act_BTF = jax.nn.gelu(up_BTF, approximate=True)
         else:
-            gate_BTF = checkpoint_name(self._project(x_BTD, self.gate, self.gate_bias), "mlp_gate")
+            up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
+            up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
+            gate_BTF = checkpoint_name(add_bias(gate_BTF, self.gate_bias), "mlp_gate")
             act_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        act_BTF = checkpoint_name(act_BTF, "mlp_act")
-        return self._project(act_BTF, self.down, self.down_bias)
-
-    def _project(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y = x @ use(kernel, self.model.dtype, self.layout)
-        y = y if bias is None else y + bias[...].astype(y.dtype)
-        return self.layout.constrain(y, ("batch", "seq", kernel.dims[-1]))
+        return add_bias(self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down), self.down_bias)

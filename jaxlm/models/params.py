@@ -8,24 +8,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.config import ModelConfig
+from jaxlm.parallel.dense import Products
 from jaxlm.parallel.rules import Layout
 
 Role = Literal["kernel", "embedding", "scale", "bias"]
 
 
-def weight(key: jax.Array, shape: tuple[int, ...], dims: str, *, std: float, role: Role = "kernel") -> nnx.Param:
+class Parameter(nnx.Param):
+    """An array with its logical dims and its role in the optimizer."""
+
+    dims: tuple[str, ...]
+    role: Role
+
+
+def weight(key: jax.Array, shape: tuple[int, ...], dims: str, *, std: float, role: Role = "kernel") -> Parameter:
     """A matrix drawn from N(0, std^2), float32. `dims`: logical dims separated by spaces, one for each of `shape`."""
-    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), dims=tuple(dims.split()), role=role)
+    return Parameter(std * jax.random.normal(key, shape, jnp.float32), dims=tuple(dims.split()), role=role)
 
 
-def vector(shape: tuple[int, ...], dims: str, *, role: Literal["scale", "bias"]) -> nnx.Param:
+def vector(shape: tuple[int, ...], dims: str, *, role: Literal["scale", "bias"]) -> Parameter:
     """A scale of ones or a bias of zeros, float32."""
-    return nnx.Param(
+    return Parameter(
         (jnp.ones if role == "scale" else jnp.zeros)(shape, jnp.float32), dims=tuple(dims.split()), role=role
     )
 
 
-def use(param: nnx.Param, dtype: str, layout: Layout) -> jax.Array:
+def use(param: Parameter, dtype: str, layout: Layout) -> jax.Array:
     """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
-    at_rest = layout.constrain(param[...].astype(dtype), param.dims, storage=True)  # or the gather moves above the cast
+    at_rest = layout.constrain(param[...].astype(dtype), param.dims, at="params")  # or the gather moves above the cast
     return layout.constrain(at_rest, param.dims)
+
+
+def products(model: ModelConfig, layout: Layout) -> Products:
+    """How a block of `model` multiplies with its weights."""
+    return Products(layout, model.dtype, regather=model.remat == "none")
+
+
+def add_bias(y: jax.Array, bias: Parameter | None) -> jax.Array:
+    """y + bias in y's dtype, added in float32: so the bias' gradient is summed over rows and devices in float32."""
+    return y if bias is None else (y.astype(jnp.float32) + bias[...]).astype(y.dtype)

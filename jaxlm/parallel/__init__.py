@@ -2,6 +2,8 @@
 
 rules.py    the table: logical dim -> mesh axes, computing and at rest
 mesh.py     degrees -> Mesh
+check.py    what a table must hold, and what it must not leave replicated
+dense.py    products with the model's weights: gathers, sums and scatters, placed by hand
 context.py  attention over a mesh: positions and heads change places
 
 May import jaxlm.config and jax; knows no model. Start with rules.py.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,23 +9,27 @@ from typing import Any
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config import MeshConfig, Problem, UserError
+from jaxlm.config import MESH_AXES, MeshConfig, Problem, UserError
+from jaxlm.parallel.rules import Layout, with_rows
 
-AXES = ("pipeline", "data", "fsdp", "context", "model")
+
+def make_layout(mesh: MeshConfig, devices: Sequence[Any]) -> Layout:
+    """The mesh over `devices` with its table of rules. Raises UserError as `make_mesh` and `with_rows` do."""
+    return Layout(make_mesh(mesh, devices), with_rows(mesh.rules), mesh.zero)
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """A Mesh over all `devices`, in AXES order; the axis given as -1 takes what the others leave.
+    """A Mesh over all `devices`, in MESH_AXES order; the axis given as -1 takes what the others leave.
 
     Raises: UserError if the degrees do not multiply to the number of devices.
     """
-    degrees = dataclasses.asdict(mesh)
+    degrees = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     fixed = math.prod(d for d in degrees.values() if d != -1)
     left, rest = divmod(len(devices), fixed)
-    free = [axis for axis in AXES if degrees[axis] == -1]
+    free = [axis for axis in MESH_AXES if degrees[axis] == -1]
     if rest or left == 0 or (left != 1 and not free):
-        product = " * ".join(f"{axis}={degrees[axis]}" for axis in AXES if degrees[axis] not in (1, -1)) or "1"
+        product = " * ".join(f"{axis}={degrees[axis]}" for axis in MESH_AXES if degrees[axis] not in (1, -1)) or "1"
         remedy = f"choose degrees whose product {'divides' if free else 'is'} {len(devices)}, or set one axis to -1"
         raise UserError(Problem(f"mesh: {product}", f"does not fill {len(devices)} devices", remedy))
-    shape = [left if degrees[axis] == -1 else degrees[axis] for axis in AXES]
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = [left if degrees[axis] == -1 else degrees[axis] for axis in MESH_AXES]
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

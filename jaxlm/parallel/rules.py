@@ -1,19 +1,29 @@
 """THE sharding table: each logical dim of an array, and the mesh axes that split it when computing and when at rest.
 
-Layers name logical dims and never mesh axes. A parallelism is a degree in the mesh plus its rows here.
+Layers name logical dims and never mesh axes. A parallelism is a degree in the mesh plus its rows here; `mesh.rules`
+replaces rows, and `mesh.zero` says what of the state lies by the storage column.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import Problem, UserError
+from jaxlm.config import MESH_AXES, Problem, UserError
+
+At = Literal["compute", "params", "grads", "optimizer"]
+STORED: dict[At, int] = {
+    "compute": 4,
+    "params": 3,
+    "grads": 2,
+    "optimizer": 1,
+}  # least mesh.zero at which it lies by the storage column
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,9 @@ class Rule:
     dim: str
     compute: tuple[str, ...]
     storage: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dim}={'+'.join(self.compute)}/{'+'.join(self.storage)}"
 
 
 #         logical dim  compute            storage            what it is
@@ -41,16 +54,52 @@ RULES = (
 )  # fmt: skip
 
 
+def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rule, ...]:
+    """`rules` with rows replaced by those given as `dim=axes/axes` (computing/at rest), axes joined by +.
+
+    >>> with_rows(["embed=/data+fsdp"])[4]
+    Rule(dim='embed', compute=(), storage=('data', 'fsdp'))
+
+    Raises: UserError on a row that is not of this form, or whose dim or axis does not exist.
+    """
+    table, problems = {rule.dim: rule for rule in rules}, []
+    for row in rows:
+        dim, _, columns = row.partition("=")
+        compute, slash, storage = (part.strip() for part in columns.partition("/"))
+        new = Rule(dim.strip(), *(tuple(filter(None, part.split("+"))) for part in (compute, storage)))
+        unknown = [axis for axis in (*new.compute, *new.storage) if axis not in MESH_AXES]
+        where = f"mesh.rules: {row}"
+        if not slash:
+            problems.append(
+                Problem(where, "is not dim=axes/axes, computing and at rest", "for example embed=/data+fsdp")
+            )
+        elif new.dim not in table:
+            near = difflib.get_close_matches(new.dim, table, 1)
+            problems.append(Problem(where, f"no dim is called {new.dim!r}", f"dims: {', '.join(near or table)}"))
+        elif unknown:
+            problems.append(Problem(where, f"no axis is called {unknown[0]!r}", f"axes: {', '.join(MESH_AXES)}"))
+        else:
+            table[new.dim] = new
+    if problems:
+        raise UserError(*problems)
+    return tuple(table.values())
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with its rules: turns logical dims into shardings."""
+    """A mesh with its rules: turns logical dims into shardings.
+
+    zero: what lies by the storage column: 1 the optimizer's state, 2 gradients too, 3 parameters too.
+    """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
+    zero: int = 3
 
-    def axes(self, dims: Sequence[str], *, storage: bool = False) -> tuple[tuple[str, ...], ...]:
+    def axes(self, dims: Sequence[str], *, at: At = "compute") -> tuple[tuple[str, ...], ...]:
         """Mesh axes of each of `dims`. Raises ValueError on an unknown dim or an axis used twice."""
-        table = {rule.dim: rule.storage if storage else rule.compute for rule in self.rules}
+        stored = self.zero >= STORED[at]
+        table = {rule.dim: rule.storage if stored else rule.compute for rule in self.rules}
         unknown = [dim for dim in dims if dim not in table]
         used = [axis for dim in dims for axis in table.get(dim, ())]
         if unknown or len(set(used)) != len(used):
@@ -59,11 +108,11 @@ class Layout:
             )
         return tuple(table[dim] for dim in dims)
 
-    def spec(self, dims: Sequence[str], *, storage: bool = False) -> PartitionSpec:
-        return PartitionSpec(*(axes or None for axes in self.axes(dims, storage=storage)))
+    def spec(self, dims: Sequence[str], *, at: At = "compute") -> PartitionSpec:
+        return PartitionSpec(*(axes or None for axes in self.axes(dims, at=at)))
 
-    def sharding(self, dims: Sequence[str], *, storage: bool = False) -> NamedSharding:
-        return NamedSharding(self.mesh, self.spec(dims, storage=storage))
+    def sharding(self, dims: Sequence[str], *, at: At = "compute") -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(dims, at=at))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -72,7 +121,10 @@ class Layout:
     @property
     def num_row_shards(self) -> int:
         """Into how many parts the rows of a batch are split."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes(("batch",))[0])
+        return self.num_parts(self.axes(("batch",))[0])
+
+    def num_parts(self, axes: Iterable[str]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def platform(self) -> str:
@@ -84,6 +136,17 @@ class Layout:
         """Mesh axes above 1 that split `dims` when computing, in order: what a sum over those dims is summed over."""
         return tuple(axis for axes in self.axes(dims) for axis in axes if self.mesh.shape[axis] > 1)
 
+    @property
+    def residual_axes(self) -> tuple[str, ...]:
+        """Mesh axes above 1 that split positions between branches and not inside them."""
+        inside = self.split("seq")
+        return tuple(axis for axis in self.split("residual") if axis not in inside)
+
+    def gathered(self, dims: Sequence[str], *, at: At = "params") -> tuple[tuple[str, ...], ...]:
+        """For each dim the mesh axes above 1 that split it at rest and not in compute."""
+        columns = zip(self.axes(dims, at=at), self.axes(dims))
+        return tuple(tuple(a for a in rest if a not in use and self.mesh.shape[a] > 1) for rest, use in columns)
+
     def on_mesh(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`local`, written for one device's share with its own collectives, as a function of whole arrays.
 
@@ -93,14 +156,14 @@ class Layout:
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def constrain(self, x: jax.Array, dims: Sequence[str], *, storage: bool = False) -> jax.Array:
-        """`x` held to its compute layout, or its storage layout; nothing on a single device."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(dims, storage=storage))
+    def constrain(self, x: jax.Array, dims: Sequence[str], *, at: At = "compute") -> jax.Array:
+        """`x` held to its layout; nothing on a single device."""
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(dims, at=at))
 
     def check_divides(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> None:
         """Raises UserError where a dim at rest does not split evenly over its mesh axes."""
-        for size, dim, axes in zip(shape, dims, self.axes(dims, storage=True), strict=True):
-            parts = math.prod(self.mesh.shape[axis] for axis in axes)
+        for size, dim, axes in zip(shape, dims, self.axes(dims, at="optimizer"), strict=True):
+            parts = self.num_parts(axes)
             if size % parts:
                 over = "*".join(f"mesh.{axis}" for axis in axes)
                 text = f"dim {dim!r} of {name} has {size} entries"

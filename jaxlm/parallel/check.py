@@ -1,0 +1,122 @@
+"""What a table of rules must hold for the layers and their products to be right, and what it must not leave replicated.
+
+Every rule here is one that `dense.py`, `context.py` or the loss relies on: a table that breaks one would train, and train
+something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxlm.config import MESH_AXES, Problem, UserError
+from jaxlm.parallel.rules import RULES, Layout
+
+ACTIVATIONS = (  # dims that meet in one array, and so cannot share an axis
+    ("batch", "residual", "embed"),
+    ("batch", "seq", "heads", "head"),
+    ("batch", "seq", "mlp"),
+    ("batch", "seq", "vocab"),
+)
+SMALL_BYTES = 2**20  # replicated parameters of no more than this cost nobody anything
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A parameter: its shape, its logical dims and its bytes."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    num_bytes: int
+
+
+def check_layout(layout: Layout, params: Mapping[str, Declared], *, max_replicated_frac: float) -> None:
+    """Raises UserError with every problem of this table on this mesh for these parameters (by name)."""
+    problems = _rows(layout) + _unused(layout, {dim for p in params.values() for dim in p.dims})
+    if not problems:
+        problems = _replicated(layout, params, max_replicated_frac)
+    if problems:
+        raise UserError(*problems)
+    for name, param in params.items():
+        layout.check_divides(name, param.shape, param.dims)
+
+
+def _rows(layout: Layout) -> list[Problem]:
+    """Axes used twice, and rows that contradict one another."""
+    rules, problems = {rule.dim: rule for rule in layout.rules}, []
+
+    def need(holds: bool, dim: str, text: str, remedy: str) -> None:
+        if not holds:
+            problems.append(Problem(f"mesh.rules: {rules[dim]}", text, remedy))
+
+    for rule in layout.rules:
+        for column in (rule.compute, rule.storage):
+            need(len(set(column)) == len(column), rule.dim, "uses a mesh axis twice", "name each axis once")
+        need(
+            rule.storage[: len(rule.compute)] == rule.compute,
+            rule.dim,
+            "what splits it in compute does not come first at rest",
+            "begin the second column with the first",
+        )
+    for dims in ACTIVATIONS:
+        used = {axis: [d for d in dims if axis in rules[d].compute] for axis in MESH_AXES}
+        for axis, meet in used.items():
+            need(len(meet) < 2, meet[-1] if meet else dims[0], f"{axis} also splits {meet[:1]}", "use it once")
+    residual = [axis for axis in rules["residual"].compute if axis not in rules["seq"].compute]
+    seq = rules["seq"].compute
+    need(rules["residual"].compute[: len(seq)] == seq, "residual", f"must begin as {rules['seq']}", "add axes after it")
+    for dim in ("heads", "mlp", "vocab"):
+        text = f"residual is split over {'+'.join(residual)} as well, and {dim} is not"
+        need(set(residual) <= set(rules[dim].compute), dim, text, "split both over it, or neither")
+    need(
+        rules["heads"].compute == rules["kv_heads"].compute,
+        "kv_heads",
+        f"differs from {rules['heads']}",
+        "keep both equal",
+    )
+    for dim in ("embed", "head", "channel"):
+        need(not rules[dim].compute, dim, "products need it whole", "leave the first column empty")
+    rows = {*rules["batch"].compute, *seq}
+    for rule in layout.rules:
+        only_stored = set(rule.storage) - set(rule.compute)
+        text = f"at rest it is split over {sorted(only_stored - rows)}, which splits neither batch nor seq"
+        need(only_stored <= rows, rule.dim, text, "use axes that split batch or seq")
+    text = "a lookup trades rows for channels, over axes that do not split batch"
+    need(set(rules["embed"].storage) <= set(rules["batch"].compute), "embed", text, "use axes that split batch")
+    return problems
+
+
+def _unused(layout: Layout, dims: set[str]) -> list[Problem]:
+    """Axes that split nothing, and replaced rows whose dim this model does not have."""
+    dims = dims | {dim for names in ACTIVATIONS for dim in names}
+    used = {axis for rule in layout.rules if rule.dim in dims for axis in (*rule.compute, *rule.storage)}
+    problems = [
+        Problem(f"mesh.{axis}={degree}", "no row of the table uses it", "set it to 1, or give it a row in mesh.rules")
+        for axis, degree in layout.mesh.shape.items()
+        if degree > 1 and axis not in used
+    ]
+    for rule in layout.rules:
+        if rule not in RULES and rule.dim not in dims:
+            problems.append(Problem(f"mesh.rules: {rule}", f"this model has no dim {rule.dim}", "leave the row out"))
+    return problems
+
+
+def _replicated(layout: Layout, params: Mapping[str, Declared], most: float) -> list[Problem]:
+    """A problem if fsdp or model is above 1 and too many bytes lie whole on every device where they could be split."""
+    axes = [axis for axis in ("fsdp", "model") if layout.mesh.shape[axis] > 1]
+    whole = {
+        name: param.num_bytes
+        for name, param in params.items()
+        if layout.num_parts(a for dim in layout.axes(param.dims, at="optimizer") for a in dim if a in axes) == 1
+    }
+    frac = sum(whole.values()) / sum(param.num_bytes for param in params.values())
+    if not axes or frac <= most or sum(whole.values()) <= SMALL_BYTES:
+        return []
+    where = f"mesh.max_replicated_frac={most}"
+    text = f"{frac:.1%} of the parameters' bytes lie whole on every device of {'*'.join(axes)}: {_largest(whole)}"
+    return [Problem(where, text, "split them with a row in mesh.rules, or raise mesh.max_replicated_frac")]
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    names: Sequence[str] = sorted(sizes, key=lambda name: -sizes[name])
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,216 @@
+# Dims: B rows, T positions, D model width, V padded vocabulary; F stands for all dims of a weight but the model width.
+"""Products with the model's weights over a mesh, every collective placed by hand.
+
+Each function is the plain product of whole arrays; forward and backward are written for one device's share:
+
+  columns   x [B, T, D] times weights [D, F]: positions gathered over the axes that split F, each device its share of F
+  rows      y [B, T, F] times a weight [F, D]: partial sums added over the axes that split F and split over positions again
+  lookup    rows of a table [V, D] by token: no device ever holds more of the table than it does at rest
+
+A weight rests split further than it computes (the table's two columns): it is cast, gathered for the product, dropped, and
+gathered again for the backward. Its gradient is formed and summed in float32, scattered over the axes that split the weight
+at rest before it is summed over the other ones: what goes between groups (hybrid shard) is a shard.
+Sources: Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5; Korthikanti et al., arXiv:2205.05198, section 4.2 (positions
+split between tensor-parallel products); Zhang et al., MiCS, arXiv:2205.00119, section 3.4 (two-hop sums).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.rules import At, Layout
+
+Dims = tuple[str, ...]
+RESIDUAL = ("batch", "residual", "embed")
+
+
+class Weight(Protocol):
+    """A parameter: its array by `[...]`, and the logical dims of that array."""
+
+    dims: Dims
+
+    def __getitem__(self, index: Any, /) -> jax.Array: ...
+
+
+@dataclass(frozen=True)
+class Products:
+    """Where and in which dtype products run. regather: gather weights again for the backward instead of keeping them;
+    under rematerialisation the recomputed forward already does."""
+
+    layout: Layout
+    dtype: str
+    regather: bool = True
+
+    def columns(self, x_BTD: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+        """x times each weight [D, F...], in ("batch", "seq", F...). x lies as RESIDUAL: gathered once for all of them."""
+        return _columns(x_BTD, tuple(w[...] for w in weights), self, tuple(tuple(w.dims) for w in weights))
+
+    def rows(self, y_BTF: jax.Array, weight: Weight) -> jax.Array:
+        """y [B, T, F...] times a weight [F..., D], as RESIDUAL."""
+        return _rows(y_BTF, weight[...], self, tuple(weight.dims))
+
+    def lookup(self, table: Weight, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the table [V, D], cast to the compute dtype, as RESIDUAL. The gradient adds up in float32."""
+        return _lookup(table[...], tokens_BT, self, tuple(table.dims))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _columns(x_BTD, weights, p: Products, dims):
+    def local(x_BTD, weights):
+        x_BTD = gather_positions(p.layout, x_BTD)
+        return tuple(jnp.tensordot(x_BTD, gather_weight(p.layout, w, d, p.dtype), 1) for w, d in zip(weights, dims))
+
+    return _run(p, local, (RESIDUAL, dims), tuple(("batch", "seq", *d[1:]) for d in dims))(x_BTD, weights)
+
+
+def _columns_forward(x_BTD, weights, p, dims):
+    return _columns(x_BTD, weights, p, dims), (x_BTD, weights)
+
+
+def _columns_backward(p, dims, saved, dys):
+    def local(x_BTD, weights, dys):
+        x_BTD, weights, dys = _again(p, dims, (x_BTD, weights, dys))
+        x_BTD, dxs_BTD, dweights = gather_positions(p.layout, x_BTD), [], []
+        for w, d, dy_BTF in zip(weights, dims, dys):
+            w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
+            dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
+            dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+            dweights.append(reduce_gradient(p.layout, dw_DF, d).astype(w.dtype))
+        return scatter_positions(p.layout, sum(dxs_BTD[1:], dxs_BTD[0]), p.layout.split(*dims[0][1:])), tuple(dweights)
+
+    outs = tuple(("batch", "seq", *d[1:]) for d in dims)
+    return _run(p, local, (RESIDUAL, dims, outs), (RESIDUAL, dims), grads=True)(*saved, dys)
+
+
+_columns.defvjp(_columns_forward, _columns_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rows(y_BTF, weight, p: Products, dims):
+    def local(y_BTF, w):
+        x_BTD = jnp.tensordot(y_BTF, gather_weight(p.layout, w, dims, p.dtype), len(dims) - 1)
+        return scatter_positions(p.layout, x_BTD, p.layout.split(*dims[:-1]))
+
+    return _run(p, local, (("batch", "seq", *dims[:-1]), dims), RESIDUAL)(y_BTF, weight)
+
+
+def _rows_forward(y_BTF, weight, p, dims):
+    return _rows(y_BTF, weight, p, dims), (y_BTF, weight)
+
+
+def _rows_backward(p, dims, saved, dx_BTD):
+    def local(y_BTF, w, dx_BTD):
+        y_BTF, w, dx_BTD = _again(p, (dims,), (y_BTF, w, dx_BTD))
+        dx_BTD = gather_positions(p.layout, dx_BTD)
+        dy_BTF = jnp.tensordot(dx_BTD, gather_weight(p.layout, w, dims, p.dtype), (2, w.ndim - 1))
+        dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        return dy_BTF, reduce_gradient(p.layout, dw_FD, dims).astype(w.dtype)
+
+    y_dims = ("batch", "seq", *dims[:-1])
+    return _run(p, local, (y_dims, dims, RESIDUAL), (y_dims, dims), grads=True)(*saved, dx_BTD)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lookup(table_VD, tokens_BT, p: Products, dims):
+    def local(table_VD, tokens_BT):
+        at_rest = p.layout.gathered(dims)[1]
+        index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
+        x_BTD = jnp.where(hit[..., None], table_VD[index], 0).astype(p.dtype)
+        if at_rest:  # each device found its channels of the whole group's rows: channels and rows change places
+            x_BTD = jax.lax.all_to_all(x_BTD, at_rest, 0, 2, tiled=True)
+        return scatter_positions(p.layout, x_BTD, p.layout.split("vocab"))
+
+    return _run(p, local, (dims, ("batch", "seq")), RESIDUAL)(table_VD, tokens_BT)
+
+
+def _lookup_forward(table_VD, tokens_BT, p, dims):
+    return _lookup(table_VD, tokens_BT, p, dims), (table_VD, tokens_BT)
+
+
+def _lookup_backward(p, dims, saved, dx_BTD):
+    def local(table_VD, tokens_BT, dx_BTD):
+        at_rest = p.layout.gathered(dims)[1]
+        index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
+        dx_BTD = gather_positions(p.layout, dx_BTD)
+        if at_rest:
+            dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
+        dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
+        dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
+        return reduce_gradient(p.layout, dtable_VD, dims, done=at_rest)
+
+    return _run(p, local, (dims, ("batch", "seq"), RESIDUAL), dims, grads=True)(*saved, dx_BTD), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _local_rows(layout: Layout, table_VD, tokens_BT, group: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """(row of this device's share of the table, whether it has it) of each token of all rows of `group`."""
+    if group:
+        tokens_BT = jax.lax.all_gather(tokens_BT, group, axis=0, tiled=True)
+    vocab = layout.split("vocab")
+    index = tokens_BT - (jax.lax.axis_index(vocab) * table_VD.shape[0] if vocab else 0)
+    hit = (index >= 0) & (index < table_VD.shape[0])
+    return jnp.where(hit, index, 0), hit
+
+
+def gather_positions(layout: Layout, x_BTD: jax.Array) -> jax.Array:
+    """Local: from RESIDUAL to ("batch", "seq", "embed")."""
+    axes = layout.residual_axes
+    return jax.lax.all_gather(x_BTD, axes, axis=1, tiled=True) if axes else x_BTD
+
+
+def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str, ...]) -> jax.Array:
+    """Local: partial sums over the axes `partial_over`, in ("batch", "seq", "embed"), to their sum as RESIDUAL."""
+    axes = layout.residual_axes
+    if axes:
+        x_BTD = jax.lax.psum_scatter(x_BTD, axes, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in partial_over if axis not in axes)
+    return jax.lax.psum(x_BTD, rest) if rest else x_BTD
+
+
+def gather_weight(layout: Layout, w: jax.Array, dims: Dims, dtype: str) -> jax.Array:
+    """Local: from its share at rest to its share in compute, cast before it travels."""
+    w = w.astype(dtype)
+    for i, axes in enumerate(layout.gathered(dims)):
+        w = jax.lax.all_gather(w, axes, axis=i, tiled=True) if axes else w
+    return w
+
+
+def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, done: tuple[str, ...] = ()) -> jax.Array:
+    """Local: this device's part of a sum over rows and positions, to its share of the whole sum where gradients lie.
+
+    done: axes over which it is summed and split already.
+    """
+    over = [axis for axis in layout.split("batch", "seq") if axis not in done]
+    for i, axes in enumerate(layout.gathered(dims, at="grads")):
+        axes = tuple(axis for axis in axes if axis not in done)
+        if axes:
+            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True)
+            over = [axis for axis in over if axis not in axes]
+    return jax.lax.psum(dw, tuple(over)) if over else dw
+
+
+def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:
+    """`operands` of a backward that gathers, made to differ from the forward's, or the compiler keeps what that gathered."""
+    gathers = p.layout.residual_axes or any(axes for d in dims for axes in p.layout.gathered(d))
+    return jax.lax.optimization_barrier(operands) if p.regather and gathers else operands
+
+
+def _run(p: Products, local: Any, in_dims: Any, out_dims: Any, *, grads: bool = False) -> Any:
+    """`local` on the mesh; operands and results given by their dims: weights where they rest, gradients where they lie."""
+
+    def specs(tree: Any, at: At) -> Any:
+        if isinstance(tree[0], str):
+            return p.layout.spec(tree) if tree[0] == "batch" else p.layout.spec(tree, at=at)
+        return tuple(specs(branch, at) for branch in tree)
+
+    return p.layout.on_mesh(local, specs(in_dims, "params"), specs(out_dims, "grads" if grads else "params"))
