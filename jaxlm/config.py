@@ -106,6 +106,9 @@ class OptimConfig:
     beta2: float = setting(0.95, "decay of the second moment (adamw, lion)")
     eps: float = setting(1e-8, "added to the root of the second moment (adamw)")
     clip_norm: float = setting(1.0, "largest global gradient norm (0: no clipping)")
+    offload: bool = setting(
+        False, "the optimizer's moments rest in the host's memory and visit the device to be updated"
+    )
 
 
 @dataclass(frozen=True)

@@ -109,16 +109,21 @@ def init_state(program: Program) -> TrainState:
 
     Blocks are made one by one with one compiled function, so the time to compile does not grow with depth.
     """
+    ends, block, opt_init = compile_init(program)
+    made = ends() | {"layers": {i: block(np.int32(i)) for i in range(program.config.model.num_layers)}}
+    params = {name: made[name] for name in program.dims}
+    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=program.layout.replicated)
+    return TrainState(zero(), params, opt_init(params), zero(), zero())
+
+
+def compile_init(program: Program) -> tuple[Callable[[], dict], Callable[[Any], dict], Callable[[Any], Any]]:
+    """What `init_state` runs, under jit: all parameters but the blocks'; block i's; the optimizer's state of parameters."""
     at = state_shardings(program)
     model, seed, layout = program.config.model, program.config.train.seed, program.layout
     placed = {name: sharding for name, sharding in at.params.items() if name != "layers"}
-    params = jax.jit(lambda: {name: _init(program).params[name] for name in placed}, out_shardings=placed)()
+    ends = jax.jit(lambda: {name: _init(program).params[name] for name in placed}, out_shardings=placed)
     block = jax.jit(lambda i: init_block(model, jax.random.key(seed), i, layout), out_shardings=at.params["layers"][0])
-    params["layers"] = {i: block(np.int32(i)) for i in range(model.num_layers)}
-    params = {name: params[name] for name in at.params}
-    opt_state = jax.jit(program.optimizer.init, out_shardings=at.opt_state)(params)
-    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=layout.replicated)
-    return TrainState(zero(), params, opt_state, zero(), zero())
+    return ends, block, jax.jit(program.optimizer.init, out_shardings=at.opt_state)
 
 
 def _init(program: Program) -> TrainState:
@@ -143,10 +148,10 @@ def state_shardings(program: Program) -> TrainState:
 def _shardings(program: Program, shapes: TrainState) -> TrainState:
     layout = program.layout
     params, stored = (_by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
-    whole = layout.replicated
+    whole, memory = layout.replicated, "pinned_host" if program.config.optim.offload else None
 
     def like_param(moment: Any, param: Any, sharding: Any) -> Any:
-        return sharding if moment.shape == param.shape else whole
+        return sharding.with_memory_kind(memory) if moment.shape == param.shape else whole
 
     moments = optax.tree_map_params(
         program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
@@ -176,11 +181,10 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
         grads = jax.tree.map(lambda g: g * scale, grads)
     split = partial(_by_dims, lambda dims, leaf: program.layout.constrain(leaf, dims, at="optimizer"), program.dims)
     grads, params = split(grads), split(state.params)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, params)
+    before = jax.device_put(state.opt_state, jax.memory.Space.Device) if optim.offload else state.opt_state
+    updates, opt_state = program.optimizer.update(grads, before, params)
     params = optax.apply_updates(params, updates)
-    params, opt_state = jax.tree.map(
-        partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
-    )  # fmt: skip
+    params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, before))
     streak = jnp.where(finite, 0, state.streak + 1)
     skipped = state.skipped + jnp.where(finite, 0, 1)
     lr = program.schedule(state.step - state.skipped)

@@ -1,0 +1,92 @@
+"""What a device holds: state falls with the axes that split it, and no array is ever whole on the way there."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxlm.models.presets import PRESETS
+from jaxlm.step import (
+    abstract_state,
+    batch_sharding,
+    compile_init,
+    compile_step,
+    init_state,
+    make_program,
+    put_batch,
+)
+
+SIZED = dict(vocab_size=1024, embed_dim=256, num_layers=1, num_heads=8, max_seq_len=16)
+
+
+def abstract_batch(program):
+    shape = (program.config.train.batch_size, program.config.train.seq_len)
+    at = batch_sharding(program)
+    kinds = (jnp.int32, jnp.int32, jnp.float32)
+    return type(tiny.batch(program.config))(*(jax.ShapeDtypeStruct(shape, kind, sharding=at) for kind in kinds))
+
+
+def argument_bytes(devices: int, *, optim: dict | None = None, **mesh) -> int:
+    """Bytes of state and batch that one device holds, as the compiler counts them."""
+    program = make_program(tiny.config(optim=optim, **SIZED), tiny.layout(devices, **mesh))
+    compiled = compile_step(program).lower(abstract_state(program), abstract_batch(program)).compile()
+    return compiled.memory_analysis().argument_size_in_bytes
+
+
+def test_state_bytes_fall_as_one_over_fsdp_and_zero_1_splits_the_optimizer_alone():
+    whole = argument_bytes(1)
+    params = whole / 3  # AdamW: two moments beside each parameter, all float32
+    for fsdp in (2, 8):
+        assert argument_bytes(fsdp, data=1, fsdp=fsdp) == pytest.approx(whole / fsdp, rel=0.05)
+    assert argument_bytes(8, data=1, fsdp=8, zero=1) == pytest.approx(params + 2 * params / 8, rel=0.05)
+    # hybrid shard: what a group of 4 holds is repeated in the other group
+    assert argument_bytes(8, data=2, fsdp=4) == pytest.approx(whole / 4, rel=0.05)
+
+
+def test_the_init_of_7b_parameters_on_eight_devices_never_holds_more_than_its_eighth():
+    program = make_program(
+        tiny.config("llama", **(PRESETS["llama2-7b"] | dict(vocab_size=32000, preset="llama2-7b"))),
+        tiny.layout(8, data=1, fsdp=8),
+    )
+    state = abstract_state(program)
+    ends, block, opt_init = (
+        f.lower(*args).compile() for f, args in zip(compile_init(program), ((), (np.int32(0),), (state.params,)))
+    )
+
+    def eighth(tree) -> float:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 8
+
+    def held(compiled) -> int:
+        memory = compiled.memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    def largest(compiled) -> int:
+        """Elements of the largest array that the program of one device holds."""
+        shapes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert eighth(state.params) * 8 > 4 * 6.7e9
+    rest = {name: leaf for name, leaf in state.params.items() if name != "layers"}
+    for compiled, tree in ((ends, rest), (block, state.params["layers"][0])):
+        assert largest(compiled) == max(leaf.size for leaf in jax.tree.leaves(tree)) // 8
+        assert held(compiled) + eighth(state.params) <= eighth(state)  # passes before the moments are there
+    assert held(opt_init) <= 1.05 * eighth(state.opt_state)
+
+
+def test_offloaded_moments_rest_on_the_host_and_change_no_number():
+    losses = {}
+    for offload in (False, True):
+        config = tiny.config(optim=dict(offload=offload), num_layers=2)
+        program = make_program(config, tiny.layout(2, data=1, fsdp=2))
+        state, step = init_state(program), compile_step(program)
+        for seed in range(3):
+            state, metrics = step(state, put_batch(program, tiny.batch(config, seed)))
+            losses[offload, seed] = float(metrics.loss)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host" if offload else "device"}
+        assert step._cache_size() == 1
+    assert all(losses[True, seed] == losses[False, seed] for seed in range(3))
