@@ -3,6 +3,8 @@
 rules.py    the table: logical dim -> mesh axes, computing and at rest
 mesh.py     degrees -> Mesh
 context.py  attention over a mesh: positions and heads change places
+hlo.py      a compiled step's text -> its collectives, by mesh axis
+describe.py the tables of layout.txt: collectives, parameters
 
 May import jaxlm.config and jax; knows no model. Start with rules.py.
 """
