@@ -30,6 +30,7 @@ from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
+from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.report import write_report
 from jaxlm.session import (
@@ -293,8 +294,7 @@ def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
     begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
     step = compile_step(program).lower(state, batch).compile()
     evaluate = compile_eval(program).lower(state.params, batch).compile()
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) // jax.device_count()
-    needs = (memory_bytes(step), memory_bytes(evaluate, beside=optimizer_bytes))
+    needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
     found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []
     return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None), found)
