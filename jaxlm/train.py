@@ -24,13 +24,14 @@ from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
+from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
 from jaxlm.metrics.chips import peak_flops_per_s
-from jaxlm.metrics.flops import flops_per_token
 from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
-from jaxlm.models.kernels import choose_attention
 from jaxlm.models.presets import PRESETS
+from jaxlm.parallel.describe import bytes_a_device
+from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.report import write_report
 from jaxlm.session import (
     Corpus,
@@ -53,7 +54,6 @@ from jaxlm.step import (
     compile_eval,
     compile_step,
     init_state,
-    num_params,
     put_batch,
 )
 
@@ -105,9 +105,10 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         state = restored.state if restored else init_state(program)
         start = restored.step if restored else 0
         compiled = build(program, state, loader)
-        facts = describe(program, corpus, compiled) | {"command": shlex.join(command)}
+        facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
-        progress.note(header(program, facts, workdir, start=start, compile_s=compiled.seconds))
+        write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
+        progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
         log = stack.enter_context(
             MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=progress.note)
         )
@@ -278,13 +279,14 @@ def use_device_settings(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The step and the evaluation as programs, the seconds they took, and the bytes a device needs for the larger of
-    them (None where XLA does not say)."""
+    """The step and the evaluation as programs, the seconds they took, the bytes a device needs for the larger of them
+    (None where XLA does not say), and the collectives of a step."""
 
     step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
     evaluate: Callable[[Any, Any], Any]
     seconds: float
     memory_bytes: int | None
+    collectives: list[Collective]
 
 
 def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
@@ -292,10 +294,10 @@ def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
     begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
     step = compile_step(program).lower(state, batch).compile()
     evaluate = compile_eval(program).lower(state.params, batch).compile()
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) // jax.device_count()
-    needs = (memory_bytes(step), memory_bytes(evaluate, beside=optimizer_bytes))
+    needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
-    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None))
+    found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []
+    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None), found)
 
 
 def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
@@ -316,51 +318,6 @@ def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -
         raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
     note("no evaluation: data.split and data.eval hold no row out")
     return None
-
-
-def describe(program: Program, corpus: Corpus, compiled: Compiled) -> dict[str, Any]:
-    """Facts of this run for config.json, the header and the report."""
-    config, device = program.config, jax.devices()[0]
-    model, train = config.model, config.train
-    shape: dict[str, Any] = dict(
-        num_nonpositional_params=num_params(program, positions=False), num_layers=model.num_layers,
-        num_heads=model.num_heads, head_dim=model.head_dim, seq_len=train.seq_len,
-    )  # fmt: skip
-    step_tokens = train.batch_size * train.seq_len
-    return {
-        "parameters": num_params(program, padding=False),
-        "parameters_padded": num_params(program),
-        "attention": str(choose_attention(model, program.layout.platform)),
-        "devices": jax.device_count(),
-        "device_kind": device.device_kind,
-        "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
-        "jax": jax.__version__,
-        "tokens_per_step": step_tokens,
-        "training_tokens": corpus.num_tokens,
-        "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),
-        "memory_bytes_per_device": compiled.memory_bytes,
-        "flops_per_token": flops_per_token(**shape),
-        "flops_per_token_causal": flops_per_token(**shape, causal=True),
-    }
-
-
-def header(program: Program, facts: dict, workdir: Path, *, start: int, compile_s: float) -> str:
-    m, t = program.config.model, program.config.train
-    mesh = " x ".join(f"{axis}={n}" for axis, n in facts["mesh"].items()) or "one device"
-    memory = facts["memory_bytes_per_device"]
-    lines = (
-        ("run", f"{workdir}  " + (f"resumes after step {start}" if start else "starts at step 0")),
-        ("devices", f"{facts['devices']} x {facts['device_kind']}, {mesh}, jax {facts['jax']}"),
-        ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
-        ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
-        ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
-        ("attention", facts["attention"]),
-        ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
-        ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
-        ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),
-        ("compiled", f"in {compile_s:.1f} s"),
-    )  # fmt: skip
-    return "\n".join(f"{name:<11}{text}" for name, text in lines)
 
 
 def make_meter(facts: dict) -> StepMeter:

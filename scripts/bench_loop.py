@@ -60,7 +60,7 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
     loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
     state = init_state(program)
     compiled = train.build(program, state, loader)
-    facts = train.describe(program, corpus, compiled)
+    facts = train.describe(program, corpus, compiled.memory_bytes)
     batches = [put_batch(program, loader.batch(i)) for i in range(8)]
     steps = config.train.num_steps
     bare_s, loop_s = [], []

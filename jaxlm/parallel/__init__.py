@@ -5,6 +5,8 @@ mesh.py     degrees -> Mesh
 check.py    what a table must hold, and what it must not leave replicated
 dense.py    products with the model's weights: gathers, sums and scatters, placed by hand
 context.py  attention over a mesh: positions and heads change places
+hlo.py      a compiled step's text -> its collectives, by mesh axis
+describe.py the tables of layout.txt: collectives, parameters
 
 May import jaxlm.config and jax; knows no model. Start with rules.py.
 """

@@ -1,0 +1,79 @@
+"""What a run says of itself before its first step: facts for config.json, the header, and layout.txt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.metrics.flops import flops_per_token
+from jaxlm.models.kernels import choose_attention
+from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
+from jaxlm.parallel.hlo import Collective
+from jaxlm.session import Corpus
+from jaxlm.step import Program, abstract_state, num_params
+
+LAYOUT_FILE = "layout.txt"
+
+
+def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict[str, Any]:
+    """Facts of this run for config.json, the header and the report."""
+    config, device = program.config, jax.devices()[0]
+    model, train = config.model, config.train
+    shape: dict[str, Any] = dict(
+        num_nonpositional_params=num_params(program, positions=False), num_layers=model.num_layers,
+        num_heads=model.num_heads, head_dim=model.head_dim, seq_len=train.seq_len,
+    )  # fmt: skip
+    step_tokens = train.batch_size * train.seq_len
+    return {
+        "parameters": num_params(program, padding=False),
+        "parameters_padded": num_params(program),
+        "attention": str(choose_attention(model, program.layout.platform)),
+        "devices": jax.device_count(),
+        "device_kind": device.device_kind,
+        "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
+        "jax": jax.__version__,
+        "tokens_per_step": step_tokens,
+        "training_tokens": corpus.num_tokens,
+        "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),
+        "memory_bytes_per_device": memory_bytes,
+        "flops_per_token": flops_per_token(**shape),
+        "flops_per_token_causal": flops_per_token(**shape, causal=True),
+    }
+
+
+def header(
+    program: Program, facts: dict, workdir: Path, found: list[Collective], *, start: int, compile_s: float
+) -> str:
+    """What a run says of itself before its first step. found: the collectives of a step."""
+    m, t = program.config.model, program.config.train
+    mesh = " x ".join(f"{axis}={n}" for axis, n in facts["mesh"].items()) or "one device"
+    memory = facts["memory_bytes_per_device"]
+    traffic = f"; {communication_summary(found)}" if program.layout.mesh.size > 1 else ""
+    lines = (
+        ("run", f"{workdir}  " + (f"resumes after step {start}" if start else "starts at step 0")),
+        ("devices", f"{facts['devices']} x {facts['device_kind']}, {mesh}, jax {facts['jax']}"),
+        ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
+        ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
+        ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
+        ("attention", facts["attention"]),
+        ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
+        ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
+        ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),
+        ("layout", LAYOUT_FILE + traffic),
+        ("compiled", f"in {compile_s:.1f} s"),
+    )  # fmt: skip
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def layout_text(program: Program, found: list[Collective]) -> str:
+    """layout.txt: the collectives of a step, where there is more than one device, and how each parameter lies."""
+    state, layout = abstract_state(program), program.layout
+    dims = jax.tree.leaves(program.dims, is_leaf=lambda x: isinstance(x, tuple))
+    parameters = [
+        Parameter(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, leaf_dims, leaf.dtype)
+        for (path, leaf), leaf_dims in zip(jax.tree.leaves_with_path(state.params), dims, strict=True)
+    ]
+    table = parameter_table(parameters, layout, optimizer_bytes=bytes_a_device(state.opt_state))
+    return (f"{collectives_table(found)}\n\n" if layout.mesh.size > 1 else "") + table + "\n"
