@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.parallel.hlo import KINDS, Collective
 from jaxlm.parallel.hlo import collectives as collectives  # the first half of collectives_table(collectives(..))
-from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.rules import At, Layout
 
 
 def communication_bytes(found: Iterable[Collective]) -> int:
@@ -78,7 +78,7 @@ def parameter_table(parameters: Iterable[Parameter], layout: Layout, *, optimize
         same = len({(p.shape, p.dims, p.dtype) for p in members}) == 1 and len(members) > 1
         for p in members[:1] if same else members:
             name, count = (f"{fold} x{len(members)}", len(members)) if same else (p.name, 1)
-            compute, storage = _layout_text(p, layout, storage=False), _layout_text(p, layout, storage=True)
+            compute, storage = _layout_text(p, layout, at="compute"), _layout_text(p, layout, at="params")
             rows.append((name, compute, storage, bytes_text(count * _bytes_at_rest(p, layout))))
     held = sum(_bytes_at_rest(p, layout) for p in parameters)
     total = sum(math.prod(p.shape) for p in parameters)
@@ -86,21 +86,21 @@ def parameter_table(parameters: Iterable[Parameter], layout: Layout, *, optimize
     return f"{_aligned(rows)}\n{sums}"
 
 
-def _split(p: Parameter, layout: Layout, *, storage: bool) -> list[tuple[str, ...]]:
+def _split(p: Parameter, layout: Layout, *, at: At) -> list[tuple[str, ...]]:
     """Mesh axes above 1 of each dim of `p`: the one place that asks the layout."""
-    axes = layout.axes(p.dims, storage=storage)
+    axes = layout.axes(p.dims, at=at)
     return [tuple(axis for axis in names if layout.mesh.shape[axis] > 1) for names in axes]
 
 
-def _layout_text(p: Parameter, layout: Layout, *, storage: bool) -> str:
+def _layout_text(p: Parameter, layout: Layout, *, at: At) -> str:
     """Example: [1024@model, 768] computing, f32[1024@model, 768@fsdp] at rest; the model casts as it computes."""
-    dims = zip(p.shape, _split(p, layout, storage=storage), strict=True)
+    dims = zip(p.shape, _split(p, layout, at=at), strict=True)
     parts = [f"{size}@{','.join(axes)}" if axes else str(size) for size, axes in dims]
-    return f"{_short(p.dtype) if storage else ''}[{', '.join(parts)}]"
+    return f"{_short(p.dtype) if at != 'compute' else ''}[{', '.join(parts)}]"
 
 
 def _bytes_at_rest(p: Parameter, layout: Layout) -> int:
-    axes = _split(p, layout, storage=True)
+    axes = _split(p, layout, at="params")
     sizes = (-(-size // math.prod(layout.mesh.shape[a] for a in names)) for size, names in zip(p.shape, axes))
     return math.prod(sizes) * np.dtype(p.dtype).itemsize
 
