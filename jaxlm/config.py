@@ -76,6 +76,16 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    schedule: Literal["gpipe", "circular", "1f1b"] = setting(
+        "1f1b", "order of work; 1f1b keeps the activations of a few microbatches, the others of all"
+    )
+    microbatches: int = setting(0, "pieces of a batch that follow one another through the stages (0: 4 a stage)")
+    repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
+    stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     num_steps: int = setting(1000, "optimizer steps in the whole run")
     batch_size: int = setting(8, "rows in one step, over all devices")
@@ -143,6 +153,7 @@ class LogConfig:
 class Config:
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -217,6 +228,11 @@ def derived(config: Config) -> Config:
 # (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
 APPLIES = (
     ("mesh.zero", lambda c: c.mesh.fsdp != 1 or c.mesh.rules, "mesh.fsdp above 1"),
+    *(
+        (f"pipeline.{key}", lambda c: c.mesh.pipeline != 1, "mesh.pipeline above 1")
+        for key in ("schedule", "microbatches", "repeats", "stage_layers")
+    ),
+    ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
     ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
     ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
@@ -237,7 +253,7 @@ AT_LEAST = {
     "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 1,
     "train.max_nonfinite_steps": 1, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
-    "log.every_steps": 1, "log.sample_tokens": 0,
+    "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
 }  # fmt: skip
 
 # key -> (above, below): above < value < below
@@ -248,8 +264,6 @@ WITHIN = {
     "model.dropout": (0, 1, False), "optim.beta1": (0, 1, False), "optim.beta2": (0, 1, False),
     "optim.final_lr_frac": (0, 1, True), "mesh.max_replicated_frac": (0, 1, True), "mesh.zero": (1, 3, True),
 }  # fmt: skip
-
-UNSUPPORTED_AXES = ("pipeline",)
 
 
 def get(config: Config, path: str) -> Any:
@@ -331,12 +345,6 @@ def _check_run(config: Config, rule: Any) -> None:
     degrees = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     for axis, degree in degrees.items():
         rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
-        rule(
-            axis not in UNSUPPORTED_AXES or degree == 1,
-            f"mesh.{axis}",
-            "this version has no pipeline",
-            f"set mesh.{axis}=1",
-        )
     free = [axis for axis, degree in degrees.items() if degree == -1]
     rule(len(free) <= 1, f"mesh.{free[-1] if free else 'data'}", "only one axis can take what is left", "give a number")
     rule(
@@ -368,6 +376,19 @@ def _check_run(config: Config, rule: Any) -> None:
         "optim.decay_steps",
         f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
         f"use at most {t.num_steps - o.warmup_steps}",
+    )
+    schedule, repeats = config.pipeline.schedule, config.pipeline.repeats
+    rule(
+        repeats > 1 if schedule == "circular" else repeats == 1 or schedule == "1f1b",
+        "pipeline.repeats",
+        f"does not fit pipeline.schedule={schedule}",
+        "circular repeats 2 times or more, gpipe once, 1f1b as often as you like",
+    )
+    rule(
+        config.mesh.pipeline == 1 or o.name != "adafactor",
+        "optim.name",
+        "factors each layer's second moments, which a pipeline keeps stacked by stage",
+        "use adamw, lion or muon, or set mesh.pipeline=1",
     )
     unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
     rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")

@@ -26,6 +26,7 @@ from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.rules import Layout
+from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
 BATCH_DIMS = ("batch", "seq")
 
@@ -71,6 +72,7 @@ class Program:
     roles: Any  # a role for each parameter
     schedule: Callable[[jax.Array], jax.Array]
     optimizer: optax.GradientTransformation
+    pipe: Pipeline | None  # with one, parameters of blocks are a leaf a slot (pipelined.py), else a leaf a layer
 
     def model(self, params: Any) -> GPT:
         return nnx.merge(self.graph, params)
@@ -89,9 +91,13 @@ def make_program(config: Config, layout: Layout) -> Program:
     layout.check_divides("attention", (model.num_kv_heads,), ("kv_heads_of_rows",))
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
+    pipe = make_pipeline(config, layout)
+    if pipe is not None:
+        dims = slot_dims(pipe, dims)
+        roles |= {"layers": {j: roles["layers"][0] for j in range(pipe.stages.num_slots)}}
     schedule = make_schedule(config.optim, config.train.num_steps)
     optimizer = make_optimizer(config.optim, schedule=schedule, roles=roles, dims=dims)
-    return Program(config, layout, graph, dims, roles, schedule, optimizer)
+    return Program(config, layout, graph, dims, roles, schedule, optimizer, pipe)
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:
@@ -110,25 +116,39 @@ def init_state(program: Program) -> TrainState:
     Blocks are made one by one with one compiled function, so the time to compile does not grow with depth.
     """
     ends, block, opt_init = compile_init(program)
-    made = ends() | {"layers": {i: block(np.int32(i)) for i in range(program.config.model.num_layers)}}
+    layers = np.arange(program.config.model.num_layers, dtype=np.int32)
+    layers = layers if program.pipe is None else program.pipe.stages.layers()
+    made = ends() | {"layers": {i: block(index) for i, index in enumerate(layers)}}
     params = {name: made[name] for name in program.dims}
     zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=program.layout.replicated)
     return TrainState(zero(), params, opt_init(params), zero(), zero())
 
 
 def compile_init(program: Program) -> tuple[Callable[[], dict], Callable[[Any], dict], Callable[[Any], Any]]:
-    """What `init_state` runs, under jit: all parameters but the blocks'; block i's; the optimizer's state of parameters."""
+    """What `init_state` runs, under jit: all parameters but the blocks'; those of block i, or with a pipeline of the
+    blocks i[P, R] of one slot; the optimizer's state of parameters."""
     at = state_shardings(program)
-    model, seed, layout = program.config.model, program.config.train.seed, program.layout
+    model, seed, layout, pipe = program.config.model, program.config.train.seed, program.layout, program.pipe
     placed = {name: sharding for name, sharding in at.params.items() if name != "layers"}
-    ends = jax.jit(lambda: {name: _init(program).params[name] for name in placed}, out_shardings=placed)
-    block = jax.jit(lambda i: init_block(model, jax.random.key(seed), i, layout), out_shardings=at.params["layers"][0])
+    ends = jax.jit(lambda: {name: _init_params(program)[name] for name in placed}, out_shardings=placed)
+
+    def blocks(i: jax.Array) -> dict:
+        key = jax.random.key(seed)
+        return init_block(model, key, i, layout) if pipe is None else init_slot(pipe, key, i, layout)
+
+    block = jax.jit(blocks, out_shardings=at.params["layers"][0])
     return ends, block, jax.jit(program.optimizer.init, out_shardings=at.opt_state)
 
 
-def _init(program: Program) -> TrainState:
+def _init_params(program: Program) -> dict:
+    """All parameters, a leaf a layer."""
     key = jax.random.key(program.config.train.seed)
-    params = nnx.to_pure_dict(nnx.split(GPT(program.config.model, key, program.layout))[1])
+    return nnx.to_pure_dict(nnx.split(GPT(program.config.model, key, program.layout))[1])
+
+
+def _init(program: Program) -> TrainState:
+    params = _init_params(program)
+    params = params if program.pipe is None else slot_shapes(program.pipe, params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, program.optimizer.init(params), zero, zero)
 
@@ -203,7 +223,7 @@ def mean_loss_and_grads(
     key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
 
     def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
-        return _loss_and_grads(program, params, rows, jax.random.fold_in(key, m))
+        return _loss_and_grads(program, params, rows, key, m)
 
     nats, grads = _sum_over_microbatches(program, terms, batch)
     tokens = batch.weights.sum()
@@ -226,9 +246,17 @@ def _sum_over_microbatches(program: Program, terms: Callable[[Batch, Any], Any],
     return jax.lax.scan(add, zeros, (micro, jnp.arange(M)))[0]
 
 
-def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array, m: Any) -> tuple[jax.Array, Any]:
+    """(summed nats, gradients of the summed objective) of the rows of microbatch m."""
+    train, drops, pipe = program.config.train, program.config.model.dropout > 0, program.pipe
+    if pipe is not None:  # its microbatches are those of train.accumulate, cut further
+        index_M = m + train.accumulate * jnp.arange(pipe.schedule.microbatches)
+        keys_M = jax.vmap(partial(jax.random.fold_in, key))(index_M) if drops else None
+        return loss_and_grads(pipe, program.layout, program.dims, params, batch, keys_M, train.z_loss)
+    key = jax.random.fold_in(key, m)
+
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
-        return _sums(program, params, batch, key if program.config.model.dropout > 0 else None)
+        return _sums(program, params, batch, key if drops else None)
 
     (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
     return nats, _by_dims(lambda dims, g: program.layout.constrain(g, dims, at="grads"), program.dims, grads)
@@ -250,7 +278,13 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, counted tokens) of one batch, a microbatch at a time, without dropout or z-loss."""
-    nats = _sum_over_microbatches(program, lambda rows, _: _sums(program, params, rows, None)[1], batch)
+
+    def nats_of(rows: Batch, m: Any) -> jax.Array:
+        if program.pipe is not None:
+            return loss(program.pipe, program.layout, program.dims, params, rows)
+        return _sums(program, params, rows, None)[1]
+
+    nats = _sum_over_microbatches(program, nats_of, batch)
     return nats, batch.weights.sum()
 
 
@@ -284,7 +318,7 @@ def put_batch(program: Program, batch: Batch) -> Batch:
 
 def num_params(program: Program, *, positions: bool = True, padding: bool = True) -> int:
     """Parameters of the model, optionally without learned positions or without the vocabulary's padding rows."""
-    shapes = jax.eval_shape(partial(_init, program)).params
+    shapes = jax.eval_shape(partial(_init_params, program))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     embed, model = shapes["embed"], program.config.model
     if not positions and "positions" in embed:

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.embed import dropout
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.params import add_bias, products, vector, weight
 from jaxlm.models.position import alibi_bias, rotate
 from jaxlm.parallel.context import attend
+from jaxlm.parallel.random import keep_mask
 from jaxlm.parallel.rules import Layout
 
 
@@ -44,8 +43,20 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         bias = alibi_bias(self.model.num_heads, q_BTNH.shape[1]) if self.model.position == "alibi" else None
         kernel = choose_attention(self.model, self.layout.platform).kernel
-        B, T, N, _ = q_BTNH.shape
-        keep_BNTS = None if key is None else dropout(jnp.ones((B, N, T, T)), rate=self.model.dropout, key=key)
+        keep_BNTS = None if key is None else self._keep(q_BTNH.shape, key)
         context_BTNH = attend(self.layout, kernel.run, q_BTNH, k_BSKH, v_BSKH, bias, keep_BNTS)
         context_BTNH = checkpoint_name(context_BTNH, "attn_context")
         return add_bias(self.products.rows(context_BTNH, self.out), self.out_bias)
+
+    def _keep(self, shape_BTNH: tuple[int, ...], key: jax.Array) -> jax.Array | None:
+        """f32[B, N, T, S], what dropout multiplies the attention weights by; None without dropout.
+
+        Laid out as attention sees it: whole rows, heads split over the axes of heads and of positions.
+        """
+        layout, rate = self.layout, self.model.dropout
+        if rate == 0:
+            return None
+        (rows, seq, heads), (B, T, N) = layout.axes(("batch", "seq", "heads")), shape_BTNH[:3]
+        parts = layout.num_parts(seq) if layout.inside else 1
+        shape = (B, N // parts, T * parts, T * parts)
+        return keep_mask(layout, key, shape, (rows, (*heads, *seq), (), ()), 1 - rate).astype("float32") / (1 - rate)

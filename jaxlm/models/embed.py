@@ -11,6 +11,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.models.norm import Norm
 from jaxlm.models.params import products, use, weight
 from jaxlm.parallel.dense import RESIDUAL
+from jaxlm.parallel.random import keep_mask
 from jaxlm.parallel.rules import Layout
 
 
@@ -31,7 +32,7 @@ class Embedding(nnx.Module):
         self.positions = (
             weight(kp, (model.max_seq_len, D), "position embed", std=std, role="embedding") if learned else None
         )
-        self.norm = Norm(D, kind="layernorm", eps=model.norm_eps, bias=model.use_bias) if model.embed_norm else None
+        self.norm = Norm(model, kind="layernorm") if model.embed_norm else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = products(self.model, self.layout).lookup(self.tokens, tokens_BT)
@@ -41,8 +42,11 @@ class Embedding(nnx.Module):
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
 
-def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(
+    x: jax.Array, *, rate: float, key: jax.Array | None, layout: Layout, dims: tuple[str, ...] = RESIDUAL
+) -> jax.Array:
     """`x` with entries zeroed at `rate` and the rest scaled by 1/(1-rate); `x` itself without a key."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    keep = keep_mask(layout, key, x.shape, layout.axes(dims), 1 - rate)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -25,18 +25,16 @@ class Block(nnx.Module):
 
     def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
         ka, km = jax.random.split(key)
-        self.rate = model.dropout
-        self.attn_norm, self.mlp_norm = (
-            Norm(model.embed_dim, kind=model.norm, eps=model.norm_eps, bias=model.use_bias) for _ in range(2)
-        )
+        self.rate, self.layout = model.dropout, layout
+        self.attn_norm, self.mlp_norm = (Norm(model) for _ in range(2))
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
         y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw)
-        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka), "attn_out")
+        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout), "attn_out")
         y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
-        return x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=km), "mlp_out")
+        return x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=km, layout=self.layout), "mlp_out")
 
 
 class GPT(nnx.Module):
@@ -46,7 +44,7 @@ class GPT(nnx.Module):
         self.layout = layout
         self.embed = Embedding(model, ke, layout)
         self.layers = nnx.List([Block(model, block_key(key, i), layout) for i in range(model.num_layers)])
-        self.final_norm = Norm(model.embed_dim, kind=model.norm, eps=model.norm_eps, bias=model.use_bias)
+        self.final_norm = Norm(model)
         shape = (padded_vocab(model), model.embed_dim)
         self.head = (
             None if model.tie_embeddings else weight(kh, shape, "vocab embed", std=model.init_std, role="kernel")
@@ -55,7 +53,7 @@ class GPT(nnx.Module):
     def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the head reads, [B, T, D] in the compute dtype, as RESIDUAL. With a key, dropout is on: a key a layer."""
         ke = None if key is None else jax.random.fold_in(key, self.model.num_layers)
-        x_BTD = dropout(self.embed(tokens_BT), rate=self.model.dropout, key=ke)
+        x_BTD = dropout(self.embed(tokens_BT), rate=self.model.dropout, key=ke, layout=self.layout)
         graph = nnx.split(self.layers[0])[0]
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]

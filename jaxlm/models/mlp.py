@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -31,10 +33,15 @@ class MLP(nnx.Module):
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
             up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
-            act_BTF = jax.nn.gelu(up_BTF, approximate=True)
+            act_BTF = _gelu(up_BTF)
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
             up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
             gate_BTF = checkpoint_name(add_bias(gate_BTF, self.gate_bias), "mlp_gate")
-            act_BTF = jax.nn.silu(gate_BTF) * up_BTF
+            act_BTF = _swiglu(up_BTF, gate_BTF)
         return add_bias(self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down), self.down_bias)
+
+
+# the backward forms these again from their inputs, which are kept anyway
+_gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True), prevent_cse=False)
+_swiglu = jax.checkpoint(lambda up, gate: jax.nn.silu(gate) * up, prevent_cse=False)

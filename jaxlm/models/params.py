@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.parallel.dense import Products
+from jaxlm.parallel.dense import Products, gather_weight
 from jaxlm.parallel.rules import Layout
 
 Role = Literal["kernel", "embedding", "scale", "bias"]
@@ -36,6 +36,8 @@ def vector(shape: tuple[int, ...], dims: str, *, role: Literal["scale", "bias"])
 
 def use(param: Parameter, dtype: str, layout: Layout) -> jax.Array:
     """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
+    if layout.inside:
+        return gather_weight(layout, param[...], param.dims, dtype)
     at_rest = layout.constrain(param[...].astype(dtype), param.dims, at="params")  # or the gather moves above the cast
     return layout.constrain(at_rest, param.dims)
 

@@ -34,8 +34,9 @@ def matrix_dims(role: str, dims: tuple[str, ...]) -> MuonDimensionNumbers | None
     """
     if role != "kernel" or "vocab" in dims:
         return None
-    rest = tuple(range(len(dims)))
-    if len(dims) > 1 and dims[0] == "embed":
+    first = dims.index("repeat") + 1 if "repeat" in dims else 0  # layers of a pipeline are stacked [stage, repeat, ...]
+    rest = tuple(range(first, len(dims)))
+    if len(dims) > 1 and dims[first] == "embed":
         return MuonDimensionNumbers(reduction_axis=rest[:1], output_axis=rest[1:])
     if len(dims) > 1 and dims[-1] == "embed":
         return MuonDimensionNumbers(reduction_axis=rest[:-1], output_axis=rest[-1:])

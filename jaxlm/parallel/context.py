@@ -26,7 +26,7 @@ def attend(layout: Layout, kernel: Callable, q_BTNH, k_BSKH, v_BSKH, bias_1NTS, 
       kernel: (q, k, v, bias, keep) -> context, on local arrays with whole rows.
       bias_1NTS: f32, added to the logits, or None.   keep_BNTS: f32, multiplies the attention weights, or None.
     """
-    if layout.mesh.size == 1:
+    if layout.mesh.size == 1 or layout.inside:
         return kernel(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS)
     rows, heads = layout.axes(("batch", "heads_of_rows"))
     bias_spec = None if bias_1NTS is None else jax.P(None, heads, None, None)

@@ -16,6 +16,8 @@ split between tensor-parallel products); Zhang et al., MiCS, arXiv:2205.00119, s
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -188,15 +190,30 @@ def gather_weight(layout: Layout, w: jax.Array, dims: Dims, dtype: str) -> jax.A
 def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, done: tuple[str, ...] = ()) -> jax.Array:
     """Local: this device's part of a sum over rows and positions, to its share of the whole sum where gradients lie.
 
+    Inside code that is local itself, to where the parameter rests: the other sums are left to `finish_gradient`.
     done: axes over which it is summed and split already.
     """
-    over = [axis for axis in layout.split("batch", "seq") if axis not in done]
-    for i, axes in enumerate(layout.gathered(dims, at="grads")):
-        axes = tuple(axis for axis in axes if axis not in done)
-        if axes:
-            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True)
-            over = [axis for axis in over if axis not in axes]
-    return jax.lax.psum(dw, tuple(over)) if over else dw
+    split = [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims, at="grads")]
+    if layout.inside:
+        split = [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims)]
+    dw = _scatter(dw, split)
+    over = [axis for axis in layout.split("batch", "seq") if axis not in (*done, *itertools.chain(*split))]
+    return jax.lax.psum(dw, tuple(over)) if over and not layout.inside else dw
+
+
+def finish_gradient(layout: Layout, dw: jax.Array, dims: Dims) -> jax.Array:
+    """Local: a parameter's gradient of this device's rows, as local code leaves it, to its share of the whole sum."""
+    pairs = zip(layout.gathered(dims, at="grads"), layout.gathered(dims))
+    dw = _scatter(dw, [tuple(axis for axis in grads if axis not in params) for grads, params in pairs])
+    own = [axis for axes in layout.axes(dims, at="grads") for axis in axes]
+    over = tuple(axis for axis in layout.split("batch", "residual") if axis not in own)
+    return jax.lax.psum(dw, over) if over else dw
+
+
+def _scatter(dw: jax.Array, split: Iterable[tuple[str, ...]]) -> jax.Array:
+    for i, axes in enumerate(split):
+        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True) if axes else dw
+    return dw
 
 
 def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:

@@ -43,7 +43,7 @@ RULES = (
     Rule("residual",  ("context", "model"), ("context", "model")),  # positions between branches: norms, dropout, adds
     Rule("channel",   (),                ()),                # vectors of the model width: too small to gather
     Rule("embed",     (),                ("fsdp",)),         # model width: gathered to compute, split at rest
-    Rule("vocab",     ("model",),        ("model",)),        # rows of the token table and the head
+    Rule("vocab",     ("model", "pipeline"), ("model", "pipeline")),  # rows of the token table and the head
     Rule("position",  (),                ()),                # rows of the learned position table
     Rule("heads",     ("model",),        ("model",)),        # query heads
     Rule("kv_heads",  ("model",),        ("model",)),        # key and value heads
@@ -51,6 +51,8 @@ RULES = (
     Rule("kv_heads_of_rows", ("model", "context"), ("model", "context")),  # and key and value heads
     Rule("head",      (),                ()),                # width of one head
     Rule("mlp",       ("model",),        ("model",)),        # hidden width of the MLP
+    Rule("stage",     ("pipeline",),     ("pipeline",)),     # stages of a pipeline
+    Rule("repeat",    (),                ()),                # passes through one stage
 )  # fmt: skip
 
 
@@ -90,11 +92,14 @@ class Layout:
     """A mesh with its rules: turns logical dims into shardings.
 
     zero: what lies by the storage column: 1 the optimizer's state, 2 gradients too, 3 parameters too.
+    inside: the code that holds this layout is one device's share already (inside a shard_map over the whole mesh):
+      arrays are local, and sums of gradients over rows wait for `dense.finish_gradient`.
     """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
     zero: int = 3
+    inside: bool = False
 
     def axes(self, dims: Sequence[str], *, at: At = "compute") -> tuple[tuple[str, ...], ...]:
         """Mesh axes of each of `dims`. Raises ValueError on an unknown dim or an axis used twice."""
@@ -152,13 +157,15 @@ class Layout:
 
         It is not differentiated: what calls it has a custom_vjp whose forward and backward both go through here.
         """
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 or self.inside:
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def constrain(self, x: jax.Array, dims: Sequence[str], *, at: At = "compute") -> jax.Array:
         """`x` held to its layout; nothing on a single device."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(dims, at=at))
+        return (
+            x if self.mesh.size == 1 or self.inside else jax.lax.with_sharding_constraint(x, self.sharding(dims, at=at))
+        )
 
     def check_divides(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> None:
         """Raises UserError where a dim at rest does not split evenly over its mesh axes."""

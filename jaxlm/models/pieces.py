@@ -1,0 +1,66 @@
+# Dims: B batch, T position, D model width, M microbatches.
+"""The GPT in the three pieces a pipeline runs, for one device's share: embedding, a stage of blocks, head and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.models.embed import Embedding, dropout
+from jaxlm.models.gpt import Block, rematerialised
+from jaxlm.models.norm import Norm
+from jaxlm.parallel.pipeline import Parts
+from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.stages import Stages
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the pieces share. layout: an inside one.   loss: (x_BTD, head_VD, labels_BT, weights_BT) -> (objective, nats)."""
+
+    model: ModelConfig
+    layout: Layout
+    stages: Stages
+    loss: Callable[..., tuple[jax.Array, jax.Array]]
+
+    def parts(self, batch_MBT: tuple, keys_M: jax.Array | None) -> Parts:
+        """The pieces over M microbatches of tokens, labels and weights; with keys, dropout is on."""
+        return Parts(
+            first=partial(self._first, batch_MBT[0], keys_M),
+            stage=partial(self._stage, keys_M),
+            last=partial(self._last, batch_MBT[1], batch_MBT[2]),
+        )
+
+    def _first(self, tokens_MBT: jax.Array, keys_M: jax.Array | None, ends: dict, m: jax.Array) -> jax.Array:
+        graph = _graph(lambda: Embedding(self.model, jax.random.key(0), self.layout))
+        x_BTD = nnx.merge(graph, ends["embed"])(tokens_MBT[m])
+        key = None if keys_M is None else jax.random.fold_in(keys_M[m], self.model.num_layers)
+        return dropout(x_BTD, rate=self.model.dropout, key=key, layout=self.layout)
+
+    def _stage(
+        self, keys_M: jax.Array | None, slots: dict, x_BTD: jax.Array, m: jax.Array, repeat: jax.Array
+    ) -> jax.Array:
+        graph = _graph(lambda: Block(self.model, jax.random.key(0), self.layout))
+        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
+        mine = jnp.asarray(self.stages.layers())[:, jax.lax.axis_index("pipeline"), repeat]
+        for j in range(self.stages.num_slots):
+            key = None if keys_M is None else jax.random.fold_in(keys_M[m], mine[j])
+            y_BTD = block(slots[j], x_BTD, key)
+            x_BTD = y_BTD if self.stages.is_even else jnp.where(mine[j] >= 0, y_BTD, x_BTD)
+        return x_BTD
+
+    def _last(self, labels_MBT: jax.Array, weights_MBT: jax.Array, ends: dict, x_BTD: jax.Array, m: jax.Array) -> tuple:
+        x_BTD = nnx.merge(_graph(lambda: Norm(self.model)), ends["final_norm"])(x_BTD)
+        head_VD = ends["head"] if "head" in ends else ends["embed"]["tokens"]
+        return self.loss(x_BTD, head_VD, labels_MBT[m], weights_MBT[m])
+
+
+def _graph(make: Callable[[], Any]) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(make))[0]

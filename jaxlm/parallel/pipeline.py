@@ -1,0 +1,192 @@
+# Dims: P stages, M microbatches, R repeats; K ticks kept.
+"""A pipeline inside one program: losses and gradients of M microbatches over the stages of a mesh axis.
+
+Knows no model: it is given three functions for one device's share and runs them by a Schedule, fully manual, inside a
+shard_map over the whole mesh. Every stage runs the same program; who has no work at a tick computes on what is there and its
+result is masked, so no stage branches and collectives over other axes are safe anywhere. Three static scans (forwards,
+both, backwards) leave out the half of a tick that no stage needs.
+
+What a forward keeps for its backward are the residuals of jax.vjp that are not weights, in a ring of Schedule.num_slots
+ticks: nothing is computed twice unless the stage's own rematerialisation says so. Both halves of a tick send while the
+other half computes.
+
+`first` (embedding) and `last` (head and loss) run on all stages at once, on the microbatch of the first, or the last,
+stage: their weights are split over the pipeline axis too, so that the work is shared instead of repeated or waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.schedule import Item, Schedule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model in three functions of local arrays; m is the microbatch, an i32[].
+
+    first: (ends, m) -> x.   stage: (weights of one repeat, x, m, repeat) -> y, shaped as x.
+    last: (ends, y, m) -> (objective, report): sums over the microbatch's tokens; the objective's gradient is taken.
+    """
+
+    first: Callable[[Any, Any], jax.Array]
+    stage: Callable[[Any, jax.Array, Any, Any], jax.Array]
+    last: Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array]]
+
+
+def loss_and_grads(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -> tuple[jax.Array, tuple]:
+    """(sum of reports, (d weights, d ends)) of this device: gradients as the parts leave them, summed over microbatches.
+
+    Args:
+      weights: this stage's, each leaf [R, ...].   ends: parameters of `first` and `last`.
+    """
+    run = _Run(schedule, axis, parts, weights, ends)
+    carry = run.empty()
+    for start, stop, forwards, backwards in schedule.phases:
+        tick = partial(run.tick, forwards=forwards, backwards=backwards)
+        carry = jax.lax.scan(tick, carry, jnp.arange(start, stop))[0]
+    report, dweights, dends = carry.sums
+    return report, (dweights, dends)
+
+
+def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -> jax.Array:
+    """The sum of reports alone: forwards, nothing kept."""
+    run = _Run(schedule, axis, parts, weights, ends)
+
+    def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        y, report = carry
+        item, x = run.enter(t, y)
+        y = parts.stage(run.at(item.repeat), x, item.microbatch, item.repeat)
+        left = schedule.forward(schedule.stages - 1, t)
+        done = left.on & (left.repeat == schedule.repeats - 1)
+        more = run.when(done, lambda y: parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], y)
+        return (run.send(y, 1), report + more), None
+
+    zero = jnp.zeros(jax.eval_shape(parts.first, ends, 0).shape, jax.eval_shape(parts.first, ends, 0).dtype)
+    return jax.lax.scan(tick, (zero, jnp.zeros((), jnp.float32)), jnp.arange(schedule.forward_ticks))[0][1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["y", "dx", "ring", "sums"], meta_fields=[])
+@dataclass(frozen=True)
+class _Carry:
+    """y: what arrived from the stage before.   dx: what this stage's last backward sends.
+    ring: residuals and output of the last K forwards, each leaf [K, ...].   sums: (report, d weights, d ends)."""
+
+    y: jax.Array
+    dx: jax.Array
+    ring: list[jax.Array]
+    sums: tuple
+
+
+@dataclass(frozen=True)
+class _Run:
+    schedule: Schedule
+    axis: str
+    parts: Parts
+    weights: Any
+    ends: Any
+
+    def empty(self) -> _Carry:
+        x = self._like(jax.eval_shape(self.parts.first, self.ends, 0))
+        slots = self.schedule.num_slots
+        kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), jnp.int32(0))[0], self.at(0), x)
+        ring = [jnp.zeros((slots, *leaf.shape), leaf.dtype) for leaf in kept]
+        zeros = jax.tree.map(jnp.zeros_like, (self.weights, self.ends))
+        return _Carry(x, x, ring, (jnp.zeros((), jnp.float32), *zeros))
+
+    def tick(self, carry: _Carry, t: jax.Array, *, forwards: bool, backwards: bool) -> tuple[_Carry, None]:
+        y, dx, ring, sums = carry.y, carry.dx, carry.ring, carry.sums
+        if backwards:
+            dx = self.send(dx, -1)
+        if forwards:
+            item, x = self.enter(t, y)
+            kept, _ = self.linear(self.at(item.repeat), x, item.microbatch, item.repeat)
+            slot = t % self.schedule.num_slots
+            ring = [jax.lax.dynamic_update_index_in_dim(all_, new, slot, 0) for all_, new in zip(ring, kept)]
+            y = self.send(kept[0], 1)
+        if backwards:
+            dx, sums = self.backward(t, dx, ring, sums)
+        return _Carry(y, dx, ring, sums), None
+
+    def enter(self, t: jax.Array, y: jax.Array) -> tuple[Item, jax.Array]:
+        """This stage's forward item at tick t, and its input: the first stage's from `first`, else what arrived."""
+        item, newest = self.schedule.forward(self.stage, t), self.schedule.forward(0, t)
+        new = self.when(newest.repeat == 0, lambda _: self.parts.first(self.ends, newest.microbatch), y)
+        return item, jnp.where((self.stage == 0) & (item.repeat == 0), new, y)
+
+    def backward(self, t: jax.Array, dy: jax.Array, ring: list, sums: tuple) -> tuple[jax.Array, tuple]:
+        """The backward half of tick t: (d input, sums with this item's gradients added)."""
+        schedule, parts, last_stage = self.schedule, self.parts, self.schedule.stages - 1
+        report, dweights, dends = sums
+        item, leaving = schedule.backward(self.stage, t), schedule.backward(last_stage, t)
+        slot = schedule.forward_tick(self.stage, item) % schedule.num_slots
+        kept = [jax.lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
+
+        def top(y: jax.Array) -> tuple:
+            y = self.from_stage(-1, y)
+            (objective, report), back = jax.vjp(lambda ends, y: parts.last(ends, y, leaving.microbatch), self.ends, y)
+            on = leaving.on.astype(objective.dtype)
+            return report * on, back((on, jnp.zeros_like(report)))
+
+        more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, kept[0])
+        dy = jnp.where((self.stage == last_stage) & (item.repeat == schedule.repeats - 1), dy_top, dy)
+        weights = self.at(item.repeat)
+        pull = self.linear(weights, jnp.zeros_like(dy), item.microbatch, item.repeat)[1]
+        dw, dx = pull(kept, jnp.where(item.on, dy, 0))
+        dweights = jax.tree.map(lambda all_, one: all_.at[item.repeat].add(one), dweights, dw)
+
+        entered = schedule.backward(0, t)
+
+        def bottom(dx: jax.Array) -> Any:
+            dx = self.from_stage(0, jnp.where(entered.on, dx, 0))
+            return jax.vjp(lambda ends: parts.first(ends, entered.microbatch), self.ends)[1](dx)[0]
+
+        dends_bottom = self.when(entered.repeat == 0, bottom, dx)
+        dends = jax.tree.map(lambda a, b, c: a + b + c, dends, dends_top, dends_bottom)
+        return dx, (report + more, dweights, dends)
+
+    def linear(self, weights: Any, x: jax.Array, microbatch: Any, repeat: Any) -> tuple[list, Callable]:
+        """A stage's forward: ([output, residuals that are not weights ...], (those, dy) -> (d weights, dx))."""
+        y, back = jax.vjp(lambda w, x: self.parts.stage(w, x, microbatch, repeat), weights, x)
+        leaves, tree = jax.tree.flatten(back)
+        own = {id(leaf) for leaf in jax.tree.leaves(weights)}
+
+        def pull(kept: list, dy: jax.Array) -> Any:
+            saved = iter(kept[1:])
+            return jax.tree.unflatten(tree, [leaf if id(leaf) in own else next(saved) for leaf in leaves])(dy)
+
+        return [y, *(leaf for leaf in leaves if id(leaf) not in own)], pull
+
+    @property
+    def stage(self) -> jax.Array:
+        return jax.lax.axis_index(self.axis)
+
+    def at(self, repeat: Any) -> Any:
+        """This stage's weights of one repeat."""
+        if self.schedule.repeats == 1:
+            return jax.tree.map(lambda leaf: leaf[0], self.weights)
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), self.weights)
+
+    def send(self, x: jax.Array, step: int) -> jax.Array:
+        """x of the stage `step` before this one, in a ring."""
+        P = self.schedule.stages
+        return jax.lax.ppermute(x, self.axis, [(s, (s + step) % P) for s in range(P)])
+
+    def from_stage(self, stage: int, x: jax.Array) -> jax.Array:
+        """x of one stage, on all of them."""
+        return jax.lax.psum(jnp.where(self.stage == stage % self.schedule.stages, x, 0), self.axis)
+
+    def when(self, needed: jax.Array, function: Callable, x: jax.Array) -> Any:
+        """function(x), or zeros where the tick does not need it: the same on every stage. Always needed if R = 1."""
+        if self.schedule.repeats == 1:
+            return function(x)
+        return jax.lax.cond(needed, function, lambda x: self._like(jax.eval_shape(function, x)), x)
+
+    def _like(self, shapes: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

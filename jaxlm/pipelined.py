@@ -1,0 +1,155 @@
+# Dims: B rows, T positions, M microbatches, P stages, R repeats, J slots.
+"""A model cut over the stages of a pipeline: its schedule, its parameters a leaf a slot, and its losses and gradients.
+
+Everything here runs inside one shard_map over the whole mesh; the sums it returns are the ones `step.py` has without a
+pipeline, and `to_layers` and `from_layers` are how checkpoints never learn of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import Config, Problem, UserError
+from jaxlm.data.loader import Batch
+from jaxlm.models.gpt import init_block
+from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.pieces import Pieces
+from jaxlm.parallel import pipeline
+from jaxlm.parallel.dense import finish_gradient
+from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.schedule import Schedule
+from jaxlm.parallel.stages import Stages, cut
+
+AXIS = "pipeline"
+SLOT = ("stage", "repeat")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    schedule: Schedule
+    stages: Stages
+    pieces: Pieces
+
+
+def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
+    """The pipeline of `config` on this mesh; None for one stage. Raises UserError with every rule it breaks."""
+    P, settings, model, train = layout.mesh.shape[AXIS], config.pipeline, config.model, config.train
+    if P == 1:
+        return None
+    M, R = settings.microbatches or 4 * P, settings.repeats
+    counts = settings.stage_layers or cut(model.num_layers, stages=P, repeats=R)
+    problems = []
+
+    def need(holds: bool, where: str, text: str, remedy: str) -> None:
+        if not holds:
+            problems.append(Problem(where, text, remedy))
+
+    rows, shards = train.batch_size // train.accumulate, layout.num_row_shards
+    asked = f"pipeline.microbatches={M}"
+    over = f"train.batch_size / train.accumulate = {rows} rows"
+    need(rows % (M * shards) == 0, asked, f"does not split {over} over {shards} devices' rows",
+         f"use rows that are a multiple of {M * shards}, or other microbatches")  # fmt: skip
+    need(M >= P, asked, f"leaves some of mesh.pipeline={P} stages without work", f"use {P} or more")
+    need(
+        R == 1 or M % P == 0, asked, f"with repeats they pass in groups of mesh.pipeline={P}", f"use a multiple of {P}"
+    )
+    layers = f"model.num_layers={model.num_layers}"
+    need(model.num_layers >= P * R, f"mesh.pipeline={P} * pipeline.repeats={R}", f"is more than {layers}", "use fewer")
+    given = f"pipeline.stage_layers={','.join(map(str, counts))}"
+    need(len(counts) == P * R, given, f"is not one count for each of {P * R} virtual stages", f"give {P * R} counts")
+    need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
+    if problems:
+        raise UserError(*problems)
+    stages = Stages(P, R, tuple(counts))
+    inside = dataclasses.replace(layout, inside=True)
+    loss = partial(cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens)
+    return Pipeline(Schedule(settings.schedule, P, M, R), stages, Pieces(model, inside, stages, loss))
+
+
+def slot_dims(pipe: Pipeline, dims: dict) -> dict:
+    """The dims of parameters a leaf a layer, as they are a leaf a slot."""
+    one = jax.tree.map(lambda d: (*SLOT, *d), dims["layers"][0], is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return dims | {"layers": {j: one for j in range(pipe.stages.num_slots)}}
+
+
+def slot_shapes(pipe: Pipeline, params: dict) -> dict:
+    """Zeros a leaf a slot, for their shapes."""
+    P, R = pipe.stages.stages, pipe.stages.repeats
+    one = jax.tree.map(lambda leaf: jnp.zeros((P, R, *leaf.shape), leaf.dtype), params["layers"][0])
+    return params | {"layers": {j: one for j in range(pipe.stages.num_slots)}}
+
+
+def init_slot(pipe: Pipeline, key: jax.Array, layers_PR: jax.Array, layout: Layout) -> dict:
+    """Parameters of the layers in one slot of every stage and repeat; zeros where there is none (-1)."""
+
+    def block(i: jax.Array) -> dict:
+        made = init_block(pipe.pieces.model, key, jnp.maximum(i, 0), layout)
+        return jax.tree.map(lambda leaf: jnp.where(i >= 0, leaf, 0), made)
+
+    return jax.vmap(jax.vmap(block))(layers_PR)
+
+
+def loss_and_grads(
+    pipe: Pipeline, layout: Layout, dims: Any, params: dict, batch: Batch, keys_M: Any, z_loss: float
+) -> tuple:
+    """(summed nats, gradients of the summed objective) of the M microbatches of `batch`.
+
+    keys_M: of each microbatch's dropout, or None.
+    """
+
+    def local(params: dict, micro: Batch, data_M: Any) -> tuple:
+        parts = _parts(pipe, micro, data_M, z_loss)
+        nats, (dslots, dends) = pipeline.loss_and_grads(pipe.schedule, AXIS, parts, *_split(params))
+        grads = dends | {"layers": jax.tree.map(lambda leaf: leaf[None], dslots)}
+        return nats, _by_dims(lambda d, g: finish_gradient(pipe.pieces.layout, g, d), dims, grads)
+
+    return _run(pipe, layout, dims, local, lambda specs: (jax.P(), specs("grads")))(params, batch, keys_M)
+
+
+def loss(pipe: Pipeline, layout: Layout, dims: Any, params: dict, batch: Batch) -> jax.Array:
+    """Summed nats of `batch`, without gradients or dropout."""
+
+    def local(params: dict, micro: Batch, data_M: Any) -> jax.Array:
+        return pipeline.loss(pipe.schedule, AXIS, _parts(pipe, micro, data_M, 0.0), *_split(params))
+
+    return _run(pipe, layout, dims, local, lambda specs: jax.P())(params, batch, None)
+
+
+def _parts(pipe: Pipeline, micro: Batch, data_M: Any, z_loss: float) -> pipeline.Parts:
+    keys_M = None if data_M is None else jax.random.wrap_key_data(data_M)
+    pieces = dataclasses.replace(pipe.pieces, loss=partial(pipe.pieces.loss, z_loss=z_loss))
+    return pieces.parts((micro.tokens, micro.labels, micro.weights), keys_M)
+
+
+def _split(params: dict) -> tuple[Any, dict]:
+    """(this stage's slots, each leaf [R, ...]; everything else)."""
+    slots = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    return slots, {name: part for name, part in params.items() if name != "layers"}
+
+
+def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Callable) -> Callable:
+    def specs(at: Any) -> Any:
+        return _by_dims(lambda d: layout.spec(d, at=at), dims)
+
+    def run(params: dict, batch: Batch, keys_M: Any) -> Any:
+        M = pipe.schedule.microbatches
+        micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
+        rows = jax.P(None, *layout.spec(("batch", "seq")))
+        keys = None if keys_M is None else jax.random.key_data(keys_M)
+        ins = (specs("params"), Batch(rows, rows, rows), None if keys is None else jax.P())
+        return jax.shard_map(local, mesh=layout.mesh, in_specs=ins, out_specs=outs(specs), check_vma=False)(
+            params, micro, keys
+        )
+
+    return run
+
+
+def _by_dims(function: Callable, dims: Any, *trees: Any) -> Any:
+    return jax.tree.map(function, dims, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))
