@@ -55,6 +55,9 @@ class ModelConfig:
     )
 
 
+AXES = ("pipeline", "data", "fsdp", "context", "model")  # of the device mesh: slow links outermost, fast ones innermost
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     pipeline: int = setting(1, "groups of layers")
@@ -62,6 +65,14 @@ class MeshConfig:
     fsdp: int = setting(1, "parameters and optimizer state split this way; rows too")
     context: int = setting(1, "positions of one sequence")
     model: int = setting(1, "heads, MLP width and vocabulary")
+    context_method: Literal["auto", "alltoall", "allgather", "ring"] = setting(
+        "auto", "how rows split over context meet: trading positions for heads, all keys at once, or keys round a ring"
+    )
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The degree of each axis, slow links outermost."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ REMAT_NAMES = {
     "query": "queries, after rotary positions",
     "key": "keys, after rotary positions",
     "value": "values",
-    "attn_context": "attention's output before its projection",
+    "attn_context": "attention's output before its projection, with its log-normaliser: no forward kernel runs again",
     "attn_out": "attention's branch, added to the residual",
     "mlp_norm": "normalised input of the MLP",
     "mlp_up": "MLP before its activation",
@@ -203,6 +214,7 @@ def derived(config: Config) -> Config:
 # (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
 APPLIES = (
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
+    ("mesh.context_method", lambda c: c.mesh.context != 1, "mesh.context other than 1"),
     ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
     ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
     ("optim.beta1", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
@@ -313,7 +325,7 @@ def _check_model(config: Config, rule: Any) -> None:
 
 def _check_run(config: Config, rule: Any) -> None:
     m, t, o, d = config.model, config.train, config.optim, config.data
-    degrees = dataclasses.asdict(config.mesh)
+    degrees = config.mesh.degrees
     for axis, degree in degrees.items():
         rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
         rule(

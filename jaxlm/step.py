@@ -24,6 +24,7 @@ from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
+from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.rules import Layout
 
 BATCH_DIMS = ("batch", "seq")
@@ -82,10 +83,8 @@ def make_program(config: Config, layout: Layout) -> Program:
     flat = nnx.to_flat_state(variables)
     for path, variable in flat:
         layout.check_divides(".".join(map(str, path)), variable.shape, variable.dims)
-    model = config.model
     layout.check_divides("a row", (config.train.seq_len,), ("residual",))
-    layout.check_divides("attention", (model.num_heads,), ("heads_of_rows",))
-    layout.check_divides("attention", (model.num_kv_heads,), ("kv_heads_of_rows",))
+    choose_context(layout, config.model, config.train.seq_len)
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
     schedule = make_schedule(config.optim, config.train.num_steps)

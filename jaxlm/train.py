@@ -29,11 +29,11 @@ from jaxlm.metrics.flops import flops_per_token
 from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
-from jaxlm.models.kernels import choose_attention
 from jaxlm.models.presets import PRESETS
 from jaxlm.report import write_report
 from jaxlm.session import (
     Corpus,
+    attention_facts,
     compare_with_last_start,
     evaluate_batches,
     lock_run,
@@ -330,7 +330,7 @@ def describe(program: Program, corpus: Corpus, compiled: Compiled) -> dict[str, 
     return {
         "parameters": num_params(program, padding=False),
         "parameters_padded": num_params(program),
-        "attention": str(choose_attention(model, program.layout.platform)),
+        **attention_facts(program),
         "devices": jax.device_count(),
         "device_kind": device.device_kind,
         "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
@@ -354,7 +354,7 @@ def header(program: Program, facts: dict, workdir: Path, *, start: int, compile_
         ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
         ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
         ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
-        ("attention", facts["attention"]),
+        *((name, facts[name]) for name in ("attention", "context") if name in facts),
         ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
         ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
         ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),

@@ -2,9 +2,10 @@
 
   python scripts/bench_meshes.py --config configs/gpt2.py:355m [--config.a.b=v ...] --meshes one data=2 fsdp=2,model=2
 
-A mesh is degrees separated by commas; "one" is a single device. Each trains from the same seed on the same batches. Prints a
-JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile seconds, bytes a device by the compiler's
-count, the largest relative difference of a loss from the first mesh's, and the losses.
+A mesh is degrees separated by commas, with context_method=NAME if need be; "one" is a single device. Each trains from the
+same seed on the same batches. Prints a JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile
+seconds, bytes a device by the compiler's count, the largest relative difference of a loss from the first mesh's, and the
+losses.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlm.config import Config, MeshConfig
+from jaxlm.config import Config, MeshConfig, Problem, UserError
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import AXES, make_mesh
 from jaxlm.parallel.rules import Layout
@@ -53,9 +56,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def layout_of(text: str) -> Layout:
-    degrees = {} if text == "one" else {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
-    mesh = MeshConfig(**({axis: 1 for axis in AXES} | degrees))
-    return Layout(make_mesh(mesh, jax.devices()[: int(np.prod(list(degrees.values()) or [1]))]))
+    parts = {} if text == "one" else dict(part.split("=") for part in text.split(","))
+    method = parts.pop("context_method", "auto")
+    degrees: dict[str, Any] = {axis: int(parts.pop(axis, 1)) for axis in AXES}
+    if parts:
+        raise UserError(Problem(f"--meshes {text}", f"no axis {', '.join(parts)}", f"axes: {', '.join(AXES)}"))
+    devices = jax.devices()[: math.prod(degrees.values())]
+    return Layout(make_mesh(MeshConfig(**degrees), devices), context_method=method)
 
 
 def measure(config: Config, corpus, text: str, steps: int) -> dict:

@@ -12,8 +12,8 @@ from jaxlm.config import ModelConfig
 from jaxlm.models.embed import dropout
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.params import use, vector, weight
-from jaxlm.models.position import alibi_bias, rotate
-from jaxlm.parallel.context import attend
+from jaxlm.models.position import alibi_slopes, rotate
+from jaxlm.parallel.context import attend, choose_context
 from jaxlm.parallel.rules import Layout
 
 
@@ -42,12 +42,12 @@ class Attention(nnx.Module):
         if self.model.position == "rope":
             q_BTNH, k_BSKH = (rotate(x, theta=self.model.rope_theta) for x in (q_BTNH, k_BSKH))
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
-        bias = alibi_bias(self.model.num_heads, x_BTD.shape[1]) if self.model.position == "alibi" else None
-        kernel = choose_attention(self.model, self.layout.platform).kernel
         B, T, N, _ = q_BTNH.shape
+        kernel = choose_attention(self.model, self.layout.platform).kernel
+        method = choose_context(self.layout, self.model, T).method
+        slopes_N = jnp.asarray(alibi_slopes(N)) if self.model.position == "alibi" else None
         keep_BNTS = None if key is None else dropout(jnp.ones((B, N, T, T)), rate=self.model.dropout, key=key)
-        context_BTNH = attend(self.layout, kernel.run, q_BTNH, k_BSKH, v_BSKH, bias, keep_BNTS)
-        context_BTNH = checkpoint_name(context_BTNH, "attn_context")
+        context_BTNH = attend(self.layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS)
         y_BTD = jnp.einsum("btnh,nhd->btd", context_BTNH, use(self.out, self.model.dtype, self.layout))
         return y_BTD if self.out_bias is None else y_BTD + self.out_bias[...].astype(y_BTD.dtype)
 

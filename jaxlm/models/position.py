@@ -36,9 +36,3 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = 2.0 ** (-8 / low * np.arange(1, low + 1))
     between = 2.0 ** (-8 / (2 * low) * np.arange(1, 2 * low + 1, 2))[: num_heads - low]
     return np.concatenate((slopes, between)).astype(np.float32)
-
-
-def alibi_bias(num_heads: int, seq_len: int) -> jax.Array:
-    """slope * (s - t), f32[1, N, T, S]: zero on the diagonal, falling with distance into the past."""
-    t = jnp.arange(seq_len, dtype=jnp.float32)  # on the device: as a literal it would be N T^2 words of program
-    return jnp.asarray(alibi_slopes(num_heads))[None, :, None, None] * (t[None, :] - t[:, None])[None, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config import MeshConfig, Problem, UserError
-
-AXES = ("pipeline", "data", "fsdp", "context", "model")
+from jaxlm.config import AXES, MeshConfig, Problem, UserError
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
@@ -20,7 +17,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
 
     Raises: UserError if the degrees do not multiply to the number of devices.
     """
-    degrees = dataclasses.asdict(mesh)
+    degrees = mesh.degrees
     fixed = math.prod(d for d in degrees.values() if d != -1)
     left, rest = divmod(len(devices), fixed)
     free = [axis for axis in AXES if degrees[axis] == -1]

@@ -34,8 +34,6 @@ RULES = (
     Rule("position",  (),                ()),                # rows of the learned position table
     Rule("heads",     ("model",),        ("model",)),        # query heads
     Rule("kv_heads",  ("model",),        ("model",)),        # key and value heads
-    Rule("heads_of_rows", ("model", "context"), ("model", "context")),  # query heads while attention sees whole rows
-    Rule("kv_heads_of_rows", ("model", "context"), ("model", "context")),  # and key and value heads
     Rule("head",      (),                ()),                # width of one head
     Rule("mlp",       ("model",),        ("model",)),        # hidden width of the MLP
 )  # fmt: skip
@@ -47,6 +45,7 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
+    context_method: str = "auto"  # mesh.context_method, which parallel/context.py resolves
 
     def axes(self, dims: Sequence[str], *, storage: bool = False) -> tuple[tuple[str, ...], ...]:
         """Mesh axes of each of `dims`. Raises ValueError on an unknown dim or an axis used twice."""
