@@ -74,6 +74,15 @@ class MeshConfig:
         0.02, "largest share of parameter bytes that fsdp or model may leave whole on every device"
     )
 
+    context_method: Literal["auto", "alltoall", "allgather", "ring"] = setting(
+        "auto", "how rows split over context meet: trading positions for heads, all keys at once, or keys round a ring"
+    )
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The degree of each axis, slow links outermost."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
 
 @dataclass(frozen=True)
 class PipelineConfig:
@@ -188,7 +197,7 @@ REMAT_NAMES = {
     "query": "queries, after rotary positions",
     "key": "keys, after rotary positions",
     "value": "values",
-    "attn_context": "attention's output before its projection",
+    "attn_context": "attention's output before its projection, with its log-normaliser: no forward kernel runs again",
     "attn_out": "attention's branch, added to the residual",
     "mlp_norm": "normalised input of the MLP",
     "mlp_up": "MLP before its activation",
@@ -234,6 +243,7 @@ APPLIES = (
     ),
     ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
+    ("mesh.context_method", lambda c: c.mesh.context != 1, "mesh.context other than 1"),
     ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
     ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
     ("optim.beta1", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
@@ -342,7 +352,7 @@ def _check_model(config: Config, rule: Any) -> None:
 
 def _check_run(config: Config, rule: Any) -> None:
     m, t, o, d = config.model, config.train, config.optim, config.data
-    degrees = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    degrees = config.mesh.degrees
     for axis, degree in degrees.items():
         rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
     free = [axis for axis, degree in degrees.items() if degree == -1]

@@ -40,7 +40,7 @@ def generate(
         raise ValueError("generation needs at least one token to start from")
     length, model = len(prompt) + max_new_tokens, program.config.model
     mesh = program.layout.mesh.shape
-    unit = mesh["context"] * mesh["model"]  # positions of the window split evenly over these
+    unit = 2 * mesh["context"] * mesh["model"]  # positions of the window split evenly over these, in half chunks too
     window = min(model.max_seq_len, -(-length // unit) * unit)
     buffer_T = np.zeros(max(length, window), np.int32)
     buffer_T[: len(prompt)] = prompt

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 
 from jaxlm.metrics.flops import flops_per_token
-from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
-from jaxlm.session import Corpus
+from jaxlm.session import Corpus, attention_facts
 from jaxlm.step import Program, abstract_state, num_params
 
 LAYOUT_FILE = "layout.txt"
@@ -29,7 +28,7 @@ def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict
     return {
         "parameters": num_params(program, padding=False),
         "parameters_padded": num_params(program),
-        "attention": str(choose_attention(model, program.layout.platform)),
+        **attention_facts(program),
         "devices": jax.device_count(),
         "device_kind": device.device_kind,
         "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
@@ -57,7 +56,7 @@ def header(
         ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
         ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
         ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
-        ("attention", facts["attention"]),
+        *((name, facts[name]) for name in ("attention", "context") if name in facts),
         ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
         ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
         ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),

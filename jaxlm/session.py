@@ -28,6 +28,7 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import Samples, TokenRange, split_ranges
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
+from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
 from jaxlm.settings import SCHEMA, from_json, shown
@@ -98,11 +99,13 @@ def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Token
 def open_mesh(config: Config) -> Layout:
     """The layout of `config` over all devices, before any data is read.
 
-    Raises: UserError if a GPU is there that jax can't use, or mesh, batch or attention kernel do not fit the devices.
+    Raises: UserError if a GPU is there that jax can't use, or mesh, batch, attention kernel or way of
+      splitting rows do not fit the devices.
     """
     check_accelerator()
     layout = make_layout(config.mesh, jax.devices())
     choose_attention(config.model, layout.platform)
+    choose_context(layout, config.model, config.train.seq_len)
     shards, train = layout.num_row_shards, config.train
     rows = train.batch_size // train.accumulate
     if rows % shards:
@@ -120,6 +123,15 @@ def open_mesh(config: Config) -> Layout:
 def open_program(config: Config) -> Program:
     """The program of `config`, its vocabulary known, over all devices. Raises as `open_mesh` and `make_program` do."""
     return make_program(config, open_mesh(config))
+
+
+def attention_facts(program: Program) -> dict[str, str]:
+    """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
+    model, layout = program.config.model, program.layout
+    facts = {"attention": str(choose_attention(model, layout.platform))}
+    if layout.split("seq"):
+        facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
+    return facts
 
 
 def check_accelerator() -> None:

@@ -25,6 +25,7 @@ from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
+from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
@@ -85,10 +86,8 @@ def make_program(config: Config, layout: Layout) -> Program:
     flat = nnx.to_flat_state(variables)
     params = {".".join(map(str, path)): Declared(v.shape, v.dims, v.size * v.dtype.itemsize) for path, v in flat}
     check_layout(layout, params, max_replicated_frac=config.mesh.max_replicated_frac)
-    model = config.model
     layout.check_divides("a row", (config.train.seq_len,), ("residual",))
-    layout.check_divides("attention", (model.num_heads,), ("heads_of_rows",))
-    layout.check_divides("attention", (model.num_kv_heads,), ("kv_heads_of_rows",))
+    choose_context(layout, config.model, config.train.seq_len)
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
     pipe = make_pipeline(config, layout)

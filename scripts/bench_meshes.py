@@ -2,9 +2,10 @@
 
   python scripts/bench_meshes.py --config configs/gpt2.py:355m [--config.a.b=v ...] --meshes one data=2 fsdp=2,model=2
 
-A mesh is degrees separated by commas; "one" is a single device. Each trains from the same seed on the same batches. Prints a
-JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile seconds, bytes a device by the compiler's
-count, the largest relative difference of a loss from the first mesh's, and the losses.
+A mesh is degrees separated by commas, with context_method=NAME if need be; "one" is a single device. Each trains from the
+same seed on the same batches. Prints a JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile
+seconds, bytes a device by the compiler's count, the largest relative difference of a loss from the first mesh's, and the
+losses.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlm.config import Config, MeshConfig
+from jaxlm.config import MESH_AXES, Config, MeshConfig, Problem, UserError
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
@@ -53,9 +56,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def layout_of(text: str) -> Layout:
-    degrees = {} if text == "one" else {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
-    mesh = MeshConfig(**({"data": 1} | degrees))  # pyright: ignore[reportArgumentType]
-    return make_layout(mesh, jax.devices()[: int(np.prod(list(degrees.values()) or [1]))])
+    parts = {} if text == "one" else dict(part.split("=") for part in text.split(","))
+    unknown = sorted(parts.keys() - {field.name for field in dataclasses.fields(MeshConfig)})
+    if unknown:
+        raise UserError(Problem(f"--meshes {text}", f"no axis {', '.join(unknown)}", f"axes: {', '.join(MESH_AXES)}"))
+    mesh: dict[str, Any] = {"data": 1} | {k: int(v) if v.isdigit() else v for k, v in parts.items()}
+    config = MeshConfig(**mesh)
+    return make_layout(config, jax.devices()[: math.prod(config.degrees.values())])
 
 
 def measure(config: Config, corpus, text: str, steps: int) -> dict:

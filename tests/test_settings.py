@@ -91,6 +91,7 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
         ({"optim.final_lr_frac": "1.01"}, "optim.final_lr_frac=1.01"),
         ({"model.dropout": "1"}, "model.dropout=1.0"),
         ({"mesh.fsdp": "-1"}, "mesh.fsdp=-1"),
+        ({"mesh.context_method": "ring"}, "mesh.context_method=ring"),
         ({"optim.schedule": "inverse_sqrt"}, "optim.warmup_steps=0"),
         ({"optim.decay_roles": "kernels"}, "optim.decay_roles=('kernels',)"),
         ({"data.split": "1"}, "data.split=(1.0,)"),

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.params import add_bias, products, vector, weight
-from jaxlm.models.position import alibi_bias, rotate
-from jaxlm.parallel.context import attend
+from jaxlm.models.position import alibi_slopes, rotate
+from jaxlm.parallel.context import attend, choose_context
 from jaxlm.parallel.random import keep_mask
 from jaxlm.parallel.rules import Layout
 
@@ -38,14 +41,17 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = self.products.columns(x_BTD, self.query, self.key, self.value)
         q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
         v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
-        if self.model.position == "rope":
-            q_BTNH, k_BSKH = (rotate(x, theta=self.model.rope_theta) for x in (q_BTNH, k_BSKH))
+        layout, model, T = self.layout, self.model, q_BTNH.shape[1]
+        row_len = T * layout.num_parts(layout.split("seq")) if layout.inside else T
+        if model.position == "rope":
+            turn = partial(rotate, theta=model.rope_theta, first=layout.first("seq", T), row_len=row_len)
+            q_BTNH, k_BSKH = turn(q_BTNH), turn(k_BSKH)
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
-        bias = alibi_bias(self.model.num_heads, q_BTNH.shape[1]) if self.model.position == "alibi" else None
-        kernel = choose_attention(self.model, self.layout.platform).kernel
+        kernel = choose_attention(model, layout.platform).kernel
+        method = choose_context(layout, model, row_len).method
+        slopes_N = jnp.asarray(alibi_slopes(model.num_heads)) if model.position == "alibi" else None
         keep_BNTS = None if key is None else self._keep(q_BTNH.shape, key)
-        context_BTNH = attend(self.layout, kernel.run, q_BTNH, k_BSKH, v_BSKH, bias, keep_BNTS)
-        context_BTNH = checkpoint_name(context_BTNH, "attn_context")
+        context_BTNH = attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS)
         return add_bias(self.products.rows(context_BTNH, self.out), self.out_bias)
 
     def _keep(self, shape_BTNH: tuple[int, ...], key: jax.Array) -> jax.Array | None:

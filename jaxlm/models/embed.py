@@ -37,7 +37,9 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = products(self.model, self.layout).lookup(self.tokens, tokens_BT)
         if self.positions is not None:
-            positions_TD = use(self.positions, "float32", self.layout)[: tokens_BT.shape[1]]
+            first = self.layout.first("residual", x_BTD.shape[1])
+            positions_TD = use(self.positions, "float32", self.layout)
+            positions_TD = jax.lax.dynamic_slice_in_dim(positions_TD, first, x_BTD.shape[1])
             x_BTD = self.layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 

@@ -2,31 +2,43 @@
 """Kernels an operation can run on, in order of preference; each says whether it serves a call, and if not, why.
 
 A kernel named in the config is used or refused with its reason; `auto` takes the first that serves and reports the
-reasons of those it passed over.
+reasons of those it passed over. A kernel sees one device's arrays and knows no mesh: parallel/context.py brings rows
+together, whole or a block of keys at a time, and is where differentiation happens.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # public jax runs its forward again under remat
 
 from jaxlm.config import ModelConfig, Problem, UserError
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation of causal attention.
+    """Attention of queries over one block of keys: out = softmax(q k^T / sqrt(H) + bias) v, and its derivative.
 
-    run: (q_BTNH, k_BSKH, v_BSKH, bias_1NTS or None, keep_BNTS or None) -> context_BTNH, logits scaled by 1/sqrt(H).
-      bias, f32: added to the logits.   keep, f32: multiplies the attention weights (dropout).
+    forward: (q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal) -> (out_BTNH in q's dtype, lse_BNT f32), with lse the
+      natural log of the sum over S of exp(logits).
+    backward: (q, k, v, out, lse, dout_BTNH, *, bias, keep, causal) -> (dq, dk, dv), each in its operand's dtype. It
+      reads the softmax from lse, so with the out and lse of a whole row it gives one block's exact share.
+    bias: f32[1, N, T, S] or None, added to the logits; gets no gradient.
+    keep: f32[B, N, T, S] or None, multiplies the attention weights (dropout).
+    causal: query t sees keys s <= t; needs T == S.
     refuses: (model config, platform) -> None if it serves, else the reason.
+
+    Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1 (lse, and the backward that starts from it).
     """
 
     name: str
-    run: Callable[..., jax.Array]
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     refuses: Callable[[ModelConfig, str], str | None]
 
 
@@ -39,25 +51,94 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(self.passed_over)})" if self.passed_over else "")
 
 
-def _cudnn(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
-    assert bias_1NTS is None and keep_BNTS is None
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+def _grouped(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[B, T, N, H] as [B, T, K, G, H]: query heads beside the kv head they share."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
-    if keep_BNTS is None:
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, bias=bias_1NTS, is_causal=True, implementation="xla"
-        )  # fmt: skip
+def _xla_logits(q_BTNH, k_BSKH, bias_1NTS, causal: bool) -> jax.Array:
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = _grouped(q_BTNH, K)
     logits_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
     if bias_1NTS is not None:
-        logits_BKGTS += bias_1NTS.reshape(1, K, N // K, T, T)
-    logits_BKGTS = jnp.where(jnp.tri(T, dtype=bool), logits_BKGTS, -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1) * keep_BNTS.reshape(logits_BKGTS.shape)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH).reshape(q_BTNH.shape)
+        logits_BKGTS += bias_1NTS.reshape(1, K, N // K, T, S)
+    if causal:
+        assert T == S, "which keys come before a query is known only where both are the same positions"
+        logits_BKGTS = jnp.where(jnp.tri(T, dtype=bool), logits_BKGTS, -jnp.inf)
+    return logits_BKGTS
+
+
+def _xla_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple[jax.Array, jax.Array]:
+    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, causal)
+    top_BKGT = logits_BKGTS.max(-1)
+    weights_BKGTS = jnp.exp(logits_BKGTS - top_BKGT[..., None])
+    sum_BKGT = weights_BKGTS.sum(-1)
+    weights_BKGTS /= sum_BKGT[..., None]
+    if keep is not None:
+        weights_BKGTS *= keep.reshape(weights_BKGTS.shape)
+    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    B, T, N, _ = q_BTNH.shape
+    return out_BTKGH.reshape(q_BTNH.shape), (top_BKGT + jnp.log(sum_BKGT)).reshape(B, N, T)
+
+
+def _xla_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, causal: bool):
+    """With P = exp(logits - lse): dlogits = P (dP - delta), where delta = sum_h dout out is sum_s P dP of whole rows."""
+    K, f32 = k_BSKH.shape[2], jnp.float32
+    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, causal)
+    weights_BKGTS = jnp.exp(logits_BKGTS - lse_BNT.reshape(*logits_BKGTS.shape[:4], 1))
+    dout_BTKGH = _grouped(dout_BTNH, K)
+    dweights_BKGTS = jnp.einsum("btkgh,bskh->bkgts", dout_BTKGH, v_BSKH, preferred_element_type=f32)
+    kept_BKGTS = weights_BKGTS
+    if keep is not None:
+        kept_BKGTS = weights_BKGTS * keep.reshape(weights_BKGTS.shape)
+        dweights_BKGTS *= keep.reshape(weights_BKGTS.shape)
+    delta_BKGT = (dout_BTKGH.astype(f32) * _grouped(out_BTNH, K)).sum(-1).transpose(0, 2, 3, 1)
+    dlogits_BKGTS = weights_BKGTS * (dweights_BKGTS - delta_BKGT[..., None]) * q_BTNH.shape[-1] ** -0.5
+    dlogits_BKGTS = dlogits_BKGTS.astype(q_BTNH.dtype)
+    dq_BTKGH = jnp.einsum("bkgts,bskh->btkgh", dlogits_BKGTS, k_BSKH)
+    dk_BSKH = jnp.einsum("bkgts,btkgh->bskh", dlogits_BKGTS, _grouped(q_BTNH, K))
+    dv_BSKH = jnp.einsum("bkgts,btkgh->bskh", kept_BKGTS.astype(dout_BTNH.dtype), dout_BTKGH)
+    return dq_BTKGH.reshape(q_BTNH.shape), dk_BSKH, dv_BSKH
+
+
+# jax 0.12 added score_mod to the primitives; 0.10 and 0.11 would reject it
+_SCORE_MOD = {"score_mod": None} if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters else {}
+_LAYOUT = cudnn.AttentionLayout.BTNH
+
+
+def _cudnn_settings(q_BTNH, bias, causal: bool) -> dict[str, Any]:
+    mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
+    reads_bias_without_gradient = (bias is not None, False)
+    return _SCORE_MOD | dict(
+        scale=q_BTNH.shape[-1] ** -0.5, seed=0, dropout_rate=0.0, variadic_args=reads_bias_without_gradient,
+        mask_type=mask, layout=_LAYOUT.value, sliding_window_length=None,
+    )  # fmt: skip
+
+
+def _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias) -> tuple[jax.Array, ...]:
+    """q, k, v, bias, and the primitives' six places for lengths, offsets and pages of ragged rows, left empty."""
+    empty = jnp.zeros(0, q_BTNH.dtype)
+    return (q_BTNH, k_BSKH, v_BSKH, empty if bias is None else bias.astype(q_BTNH.dtype), *(empty,) * 6)
+
+
+def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple[jax.Array, jax.Array]:
+    assert keep is None
+    cudnn.check_layout(q_BTNH, k_BSKH, v_BSKH, bias, *(None,) * 6, _LAYOUT)
+    has_bias, version = bias is not None, cudnn.check_cudnn_version()
+    cudnn.check_is_flash_attention(q_BTNH, k_BSKH, v_BSKH, _LAYOUT.value, version, has_bias, True)
+    operands, settings = _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias), _cudnn_settings(q_BTNH, bias, causal)
+    out_BTNH, lse_BNT = cudnn._dot_product_attention_fwd_p_wrapper.bind(*operands, is_training=True, **settings)
+    return out_BTNH, lse_BNT
+
+
+def _cudnn_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, causal: bool):
+    assert keep is None
+    operands, settings = _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias), _cudnn_settings(q_BTNH, bias, causal)
+    saved = (lse_BNT, out_BTNH, dout_BTNH)
+    dq_BTNH, dk_BSKH, dv_BSKH = cudnn._dot_product_attention_bwd_p_wrapper.bind(*operands, *saved, **settings)
+    return dq_BTNH, dk_BSKH, dv_BSKH
 
 
 def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
@@ -67,16 +148,19 @@ def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
         return f"it takes bfloat16, not {model.dtype}"
     if model.head_dim % 8:
         return f"head width {model.head_dim} is not a multiple of 8"
+    widest = 256 if cudnn.check_compute_capability("9.0") else 128
+    if model.head_dim > widest:
+        return f"head width {model.head_dim} is above this GPU's {widest}"
     if model.position == "alibi":
-        return "its backward writes a full-size gradient of the ALiBi bias"
+        return "it would read ALiBi's penalties rounded to bfloat16"
     if model.dropout > 0:
         return "jax gives it no dropout of attention weights"
     return None
 
 
 ATTENTION = (
-    Kernel("cudnn", _cudnn, _cudnn_refuses),
-    Kernel("xla", _xla, lambda model, platform: None),
+    Kernel("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_refuses),
+    Kernel("xla", _xla_forward, _xla_backward, lambda model, platform: None),
 )
 
 

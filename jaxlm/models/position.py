@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rotate(x_BTNH: jax.Array, *, theta: float) -> jax.Array:
+def rotate(x_BTNH: jax.Array, *, theta: float, first: jax.Array | int = 0, row_len: int = 0) -> jax.Array:
     """Turns channel pairs (i, i + H/2) of position t by t * theta^(-2i/H) radians, in float32.
 
+    x holds the T positions from `first` on, of rows of `row_len` (0: T).
     The pairing is that of Llama's published weights in Hugging Face form. Source: Su et al., arXiv:2104.09864, section 3.4.
     """
     T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
     rate_H = theta ** (-np.arange(0, H, 2) / H)
-    angle_T1H = (np.arange(T)[:, None] * rate_H)[:, None, :]
-    cos, sin = jnp.asarray(np.cos(angle_T1H), jnp.float32), jnp.asarray(np.sin(angle_T1H), jnp.float32)
+    angle_T1H = (np.arange(row_len or T)[:, None] * rate_H)[:, None, :]
+    cos, sin = (jnp.asarray(turn(angle_T1H), jnp.float32) for turn in (np.cos, np.sin))
+    cos, sin = (jax.lax.dynamic_slice_in_dim(table, first, T) for table in (cos, sin))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x_BTNH.dtype)
 
@@ -36,9 +38,3 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = 2.0 ** (-8 / low * np.arange(1, low + 1))
     between = 2.0 ** (-8 / (2 * low) * np.arange(1, 2 * low + 1, 2))[: num_heads - low]
     return np.concatenate((slopes, between)).astype(np.float32)
-
-
-def alibi_bias(num_heads: int, seq_len: int) -> jax.Array:
-    """slope * (s - t), f32[1, N, T, S]: zero on the diagonal, falling with distance into the past."""
-    t = jnp.arange(seq_len, dtype=jnp.float32)  # on the device: as a literal it would be N T^2 words of program
-    return jnp.asarray(alibi_slopes(num_heads))[None, :, None, None] * (t[None, :] - t[:, None])[None, None]

@@ -4,7 +4,8 @@ rules.py    the table: logical dim -> mesh axes, computing and at rest
 mesh.py     degrees -> Mesh
 check.py    what a table must hold, and what it must not leave replicated
 dense.py    products with the model's weights: gathers, sums and scatters, placed by hand
-context.py  attention over a mesh: positions and heads change places
+context.py  attention over a mesh: how the positions of a row meet, chosen and differentiated
+zigzag.py   one of the ways: a block of keys at a time, round a ring or gathered
 hlo.py      a compiled step's text -> its collectives, by mesh axis
 describe.py the tables of layout.txt: collectives, parameters
 

@@ -1,49 +1,209 @@
-# Dims: B batch, T query position, S key position, N heads, K kv heads, H head width.
-"""Causal attention over a mesh: rows and heads stay where they are; positions split over `context` meet for it.
+# Dims: B batch, T query position, S key position, N heads, K kv heads, H head width, C devices that share a row.
+"""Causal attention over a mesh: rows and heads stay where they are; the positions of a row, split over `seq`, meet for it.
 
-Fully manual (`jax.shard_map` over every axis): each device runs the kernel on whole rows and its share of the heads, so a
-kernel needs to know no mesh. With context > 1, an all-to-all trades positions for heads before it and back after it.
-Source: Jacobs et al., DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
+Three ways to meet, one differentiable function. `alltoall` trades positions for heads before the kernel and back after
+it, so each device sees whole rows of its share of the heads (Jacobs et al., DeepSpeed-Ulysses, arXiv:2309.14509, section
+3). `ring` and `allgather` leave heads alone and bring keys to queries (zigzag.py). All collectives are explicit, forward
+and backward; a kernel sees local arrays only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.config import ModelConfig, Problem, UserError
 from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.zigzag import Gather, Ring, Walk, alibi
 
-ROWS = ("batch", "seq")
-QUERY, KEY = (*ROWS, "heads", "head"), (*ROWS, "kv_heads", "head")
+AUTO = ("alltoall", "allgather")  # in order of preference
+WALKS = {"ring": Ring, "allgather": Gather}
 
 
-def attend(layout: Layout, kernel: Callable, q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
-    """`kernel` on every device's share, as if on one: context_BTNH in q's layout.
+class Kernel(Protocol):
+    """Attention on one device: see jaxlm.models.kernels.Kernel."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[jax.Array, jax.Array]]: ...
+    @property
+    def backward(self) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method of context parallelism, and why not those that `auto` would rather take."""
+
+    method: str
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.method + (f" ({'; '.join(self.passed_over)})" if self.passed_over else "")
+
+
+def choose_context(layout: Layout, model: ModelConfig, seq_len: int) -> Choice:
+    """The method that layout.context_method names, or for `auto` the first of AUTO that serves rows of seq_len.
+
+    Raises: UserError if a named method, or for `auto` each of them, refuses.
+    """
+    named, reasons = layout.context_method, []
+    for method in AUTO if named == "auto" else (named,):
+        reason = _refuses(method, layout, model, seq_len)
+        if reason is None:
+            return Choice(method, tuple(reasons))
+        reasons.append(f"not {method}: {reason}")
+    remedy = "use a smaller mesh.context" if named == "auto" else "use mesh.context_method=auto"
+    raise UserError(Problem(f"mesh.context_method={named}", "; ".join(reasons), remedy))
+
+
+def _refuses(method: str, layout: Layout, model: ModelConfig, seq_len: int) -> str | None:
+    """None if `method` serves, else the reason."""
+    context, C = _degree(layout, "seq")
+    if C == 1:
+        return None
+    if method == "alltoall":
+        for name, count in (("heads", model.num_heads), ("kv heads", model.num_kv_heads)):
+            over, parts = _degree(layout, name.replace(" ", "_"))
+            if count % (parts * C):
+                return f"{count} {name} / {over} do not split over {context}"
+        return None
+    if model.dropout > 0:
+        return "it has no dropout of attention weights"
+    return f"a row of {seq_len} positions does not split into 2 * {context} chunks" if seq_len % (2 * C) else None
+
+
+def _degree(layout: Layout, dim: str) -> tuple[str, int]:
+    """("axis*axis=parts", parts): over what `dim` is split when computing."""
+    axes = layout.axes((dim,))[0]
+    parts = math.prod(layout.mesh.shape[axis] for axis in axes)
+    return f"{'*'.join(axes) or 'nothing'}={parts}", parts
+
+
+def attend(layout: Layout, kernel: Kernel, method: str, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS) -> jax.Array:
+    """Causal attention of whole rows, as if on one device: context_BTNH in q's layout.
+
+    The kernel's output and log-normaliser are both named attn_context: a backward that keeps that name runs no forward
+    kernel again.
 
     Args:
-      kernel: (q, k, v, bias, keep) -> context, on local arrays with whole rows.
-      bias_1NTS: f32, added to the logits, or None.   keep_BNTS: f32, multiplies the attention weights, or None.
+      method: alltoall | allgather | ring, of no account where no row is split.
+      slopes_N: f32, ALiBi: slope * (t - s) is taken from the logits; or None. Gets no gradient.
+      keep_BNTS: f32, multiplies the attention weights (dropout), alltoall only; or None. Gets no gradient.
     """
-    if layout.mesh.size == 1 or layout.inside:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS)
-    rows, heads = layout.axes(("batch", "heads_of_rows"))
-    bias_spec = None if bias_1NTS is None else jax.P(None, heads, None, None)
-    keep_spec = None if keep_BNTS is None else jax.P(rows, heads, None, None)
-    run = jax.shard_map(
-        partial(_local, kernel, layout.mesh.shape["context"]),
-        mesh=layout.mesh,
-        in_specs=(layout.spec(QUERY), layout.spec(KEY), layout.spec(KEY), bias_spec, keep_spec),
-        out_specs=layout.spec(QUERY),
-        check_vma=False,
+    return _attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep) -> jax.Array:
+    return _forward(layout, kernel, method, q, k, v, slopes, keep)[0]
+
+
+def _forward(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep) -> tuple[jax.Array, tuple]:
+    meeting, at = _meeting(layout, method), _specs(layout, method)
+    operands = (at.query, at.key, at.key)
+    met = (at.met_query, at.met_key, at.met_key)
+    enter = layout.on_mesh(lambda *operands: tuple(map(meeting.enter, operands)), operands, met)
+    run = layout.on_mesh(
+        partial(meeting.forward, kernel),
+        (*met, slopes if slopes is None else at.slopes, keep if keep is None else at.keep),
+        (at.met_query, at.lse),
     )
-    return run(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS)
+    leave = layout.on_mesh(meeting.leave, (at.met_query,), at.query)
+    # what backward reads, in the layout that attention ran in: no operand meets twice
+    q, k, v = (checkpoint_name(x, name) for x, name in zip(enter(q, k, v), ("query", "key", "value")))
+    slopes = _share(layout, method, slopes)
+    out, lse = (checkpoint_name(x, "attn_context") for x in run(q, k, v, slopes, keep))
+    return leave(out), (q, k, v, out, lse, slopes, keep)
 
 
-def _local(kernel: Callable, context: int, q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS) -> jax.Array:
-    if context == 1:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, bias_1NTS, keep_BNTS)
-    swap = partial(jax.lax.all_to_all, axis_name="context", tiled=True)
-    q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
-    return swap(kernel(q, k, v, bias_1NTS, keep_BNTS), split_axis=1, concat_axis=2)
+def _backward(layout: Layout, kernel: Kernel, method: str, saved: tuple, dcontext_BTNH: jax.Array) -> tuple:
+    meeting, at = _meeting(layout, method), _specs(layout, method)
+    *_, slopes, keep = saved
+
+    def local(q, k, v, out, lse, slopes, keep, dcontext):
+        grads = meeting.backward(kernel, q, k, v, out, lse, meeting.enter(dcontext), slopes, keep)
+        return tuple(map(meeting.leave, grads))
+
+    run = layout.on_mesh(
+        local,
+        (
+            *(at.met_query, at.met_key, at.met_key, at.met_query, at.lse),
+            *(slopes if slopes is None else at.slopes, keep if keep is None else at.keep, at.query),
+        ),
+        (at.query, at.key, at.key),
+    )
+    return (*run(*saved, dcontext_BTNH), None, None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Whole rows of a share of the heads on each device: positions and heads change places over `axes`, if any."""
+
+    axes: tuple[str, ...]
+
+    def enter(self, x_BTNH: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x_BTNH, self.axes, 2, 1, tiled=True) if self.axes else x_BTNH
+
+    def leave(self, x_BTNH: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x_BTNH, self.axes, 1, 2, tiled=True) if self.axes else x_BTNH
+
+    def forward(self, kernel: Kernel, q, k, v, slopes, keep) -> tuple[jax.Array, jax.Array]:
+        return kernel.forward(q, k, v, bias=self._bias(slopes, q), keep=keep, causal=True)
+
+    def backward(self, kernel: Kernel, q, k, v, out, lse, dout, slopes, keep) -> tuple:
+        return kernel.backward(q, k, v, out, lse, dout, bias=self._bias(slopes, q), keep=keep, causal=True)
+
+    def _bias(self, slopes: jax.Array | None, q_BTNH: jax.Array) -> jax.Array | None:
+        t_T = jnp.arange(q_BTNH.shape[1], dtype=jnp.float32)
+        return alibi(slopes, t_T, t_T)
+
+
+def _share(layout: Layout, method: str, slopes_N: jax.Array | None) -> jax.Array | None:
+    """The slopes of this device's heads where the code around is one device's share already; else all of them."""
+    axes = layout.split("heads") + (layout.split("seq") if method == "alltoall" else ())
+    if slopes_N is None or not layout.inside or not axes:
+        return slopes_N
+    heads = slopes_N.shape[0] // layout.num_parts(axes)
+    return jax.lax.dynamic_slice_in_dim(slopes_N, jax.lax.axis_index(axes) * heads, heads)
+
+
+def _meeting(layout: Layout, method: str) -> Heads | Walk:
+    axes, (_, C) = layout.split("seq"), _degree(layout, "seq")
+    return Heads(axes) if method == "alltoall" or C == 1 else WALKS[method](axes, C)
+
+
+class _Specs(NamedTuple):
+    """Where arrays lie: between layers (query, key) and while a row meets (the rest)."""
+
+    query: jax.P
+    key: jax.P
+    met_query: jax.P
+    met_key: jax.P
+    lse: jax.P
+    slopes: jax.P
+    keep: jax.P
+
+
+def _specs(layout: Layout, method: str) -> _Specs:
+    (rows, seq, heads), (kv_heads,) = layout.axes(("batch", "seq", "heads")), layout.axes(("kv_heads",))
+    met, met_heads, met_kv_heads = seq, heads, kv_heads
+    if method == "alltoall":
+        met, met_heads, met_kv_heads = (), heads + seq, kv_heads + seq
+    return _Specs(
+        query=jax.P(rows, seq, heads),
+        key=jax.P(rows, seq, kv_heads),
+        met_query=jax.P(rows, met, met_heads),
+        met_key=jax.P(rows, met, met_kv_heads),
+        lse=jax.P(rows, met_heads, met),
+        slopes=jax.P(met_heads),
+        keep=jax.P(rows, met_heads),
+    )

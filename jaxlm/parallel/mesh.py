@@ -15,7 +15,7 @@ from jaxlm.parallel.rules import Layout, with_rows
 
 def make_layout(mesh: MeshConfig, devices: Sequence[Any]) -> Layout:
     """The mesh over `devices` with its table of rules. Raises UserError as `make_mesh` and `with_rows` do."""
-    return Layout(make_mesh(mesh, devices), with_rows(mesh.rules), mesh.zero)
+    return Layout(make_mesh(mesh, devices), with_rows(mesh.rules), mesh.zero, mesh.context_method)
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
@@ -23,7 +23,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
 
     Raises: UserError if the degrees do not multiply to the number of devices.
     """
-    degrees = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    degrees = mesh.degrees
     fixed = math.prod(d for d in degrees.values() if d != -1)
     left, rest = divmod(len(devices), fixed)
     free = [axis for axis in MESH_AXES if degrees[axis] == -1]

@@ -47,8 +47,6 @@ RULES = (
     Rule("position",  (),                ()),                # rows of the learned position table
     Rule("heads",     ("model",),        ("model",)),        # query heads
     Rule("kv_heads",  ("model",),        ("model",)),        # key and value heads
-    Rule("heads_of_rows", ("model", "context"), ("model", "context")),  # query heads while attention sees whole rows
-    Rule("kv_heads_of_rows", ("model", "context"), ("model", "context")),  # and key and value heads
     Rule("head",      (),                ()),                # width of one head
     Rule("mlp",       ("model",),        ("model",)),        # hidden width of the MLP
     Rule("stage",     ("pipeline",),     ("pipeline",)),     # stages of a pipeline
@@ -99,6 +97,7 @@ class Layout:
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
     zero: int = 3
+    context_method: str = "auto"  # mesh.context_method, which parallel/context.py resolves
     inside: bool = False
 
     def axes(self, dims: Sequence[str], *, at: At = "compute") -> tuple[tuple[str, ...], ...]:
@@ -140,6 +139,11 @@ class Layout:
     def split(self, *dims: str) -> tuple[str, ...]:
         """Mesh axes above 1 that split `dims` when computing, in order: what a sum over those dims is summed over."""
         return tuple(axis for axes in self.axes(dims) for axis in axes if self.mesh.shape[axis] > 1)
+
+    def first(self, dim: str, size: int) -> jax.Array | int:
+        """Where this device's share of `size` along `dim` begins in the whole: 0 for code that sees the whole."""
+        axes = self.split(dim)
+        return jax.lax.axis_index(axes) * size if self.inside and axes else 0
 
     @property
     def residual_axes(self) -> tuple[str, ...]:

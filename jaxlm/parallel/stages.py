@@ -86,9 +86,9 @@ def by_slot(stages: Stages, named: Mapping[str, Any], like: Mapping[str, Any]) -
 def _submesh(sharding: NamedSharding, stage: int) -> NamedSharding:
     """Where one stage keeps a layer of a leaf [P, R, ...] that rests by `sharding`."""
     mesh, axis = sharding.mesh, sharding.mesh.axis_names.index("pipeline")
-    devices = np.expand_dims(np.take(mesh.devices, stage, axis), axis)
-    names = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
-    return NamedSharding(names, PartitionSpec(*sharding.spec[2:]), memory_kind=sharding.memory_kind)
+    devices = np.expand_dims(np.take(np.asarray(mesh.devices), stage, axis), axis)
+    submesh = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+    return NamedSharding(submesh, PartitionSpec(*sharding.spec[2:]), memory_kind=sharding.memory_kind)
 
 
 def _layer_of(leaf: Any, stage: int, repeat: int) -> Any:
@@ -101,12 +101,12 @@ def _layer_of(leaf: Any, stage: int, repeat: int) -> Any:
 
 
 def _slot_of(leaves: Mapping[tuple[int, int], jax.Array], want: jax.ShapeDtypeStruct) -> jax.Array:
-    P, R = want.shape[:2]
+    R = want.shape[1]
     shards = {key: {s.device: s.data for s in leaf.addressable_shards} for key, leaf in leaves.items()}
     parts = []
     for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
+        assert index is not None
         stage = index[0].start or 0
-        assert P == 1 or index[0] == slice(stage, stage + 1)
         shape = want.sharding.shard_shape(want.shape)[2:]
         with jax.default_device(device):
             rows = [shards[stage, r][device] if (stage, r) in shards else np.zeros(shape, want.dtype) for r in range(R)]

@@ -1,19 +1,23 @@
 """The model computes what its papers define, however its layers are run and whatever its backward keeps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from jaxlm.config import REMAT_NAMES, Config, ModelConfig, derived
 from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.loss import cross_entropy_sums, num_chunks
-from jaxlm.models.position import alibi_bias, alibi_slopes
+from jaxlm.models.position import alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
+from jaxlm.parallel.context import attend
 
 
 def params_of(model: GPT):
@@ -107,15 +111,16 @@ def test_initial_weights_have_the_published_spread():
 def test_every_remat_name_is_emitted_and_documented(family):
     m = tiny.config(family).model
     block = Block(m, jax.random.key(0), tiny.layout())
-    jaxpr = jax.make_jaxpr(lambda x: block(x, None))(jnp.zeros((2, 16, m.embed_dim)))
-    names = {eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"}
-    names |= {
-        e.params["name"]
-        for q in jaxpr.eqns
-        if "jaxpr" in q.params
-        for e in q.params["jaxpr"].eqns
-        if e.primitive.name == "name"
-    }
+    forward_and_backward = jax.grad(lambda x: block(x, None).sum())  # as rematerialisation sees them: attention's own
+    jaxpr = jax.make_jaxpr(forward_and_backward)(jnp.zeros((2, 16, m.embed_dim)))
+
+    def names_in(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (eqn.params["name"],) if eqn.primitive.name == "name" else ()
+            for part in jaxprs_in_params(eqn.params):
+                yield from names_in(part)
+
+    names = set(names_in(jaxpr.jaxpr))
     assert names == set(REMAT_NAMES) - (set() if m.activation == "swiglu" else {"mlp_gate"})
 
 
@@ -125,25 +130,25 @@ def test_attention_that_drops_nothing_is_the_attention_without_dropout(family):
     q, k, v = (
         jax.random.normal(jax.random.key(i), (2, 16, n, 4)) for i, n in enumerate((6, m.num_kv_heads, m.num_kv_heads))
     )
-    bias = alibi_bias(6, 16) if m.position == "alibi" else None
-    run = choose_attention(m, "cpu").kernel.run
+    slopes = jnp.asarray(alibi_slopes(6)) if m.position == "alibi" else None
+    run = partial(attend, tiny.layout(), choose_attention(m, "cpu").kernel, "alltoall", q, k, v, slopes)
     everything = np.ones((2, 6, 16, 16), np.float32)
-    got, want = run(q, k, v, bias, everything), run(q, k, v, bias, None)
+    got, want = run(everything), run(None)
     # sums of 4 and of 16 terms and one softmax in f32
     np.testing.assert_allclose(got, want, rtol=0, atol=32 * 2**-24 * np.abs(want).max())
     one_head = everything * (np.arange(6) == 1)[:, None, None]
-    kept = run(q, k, v, bias, one_head)
+    kept = run(one_head)
     np.testing.assert_array_equal(kept[:, :, 1], got[:, :, 1])
     assert not np.any(np.delete(kept, 1, axis=2))
 
 
 def test_dropout_keeps_the_mean_and_zeroes_its_share():
     x = jnp.ones((200, 500))
-    y = np.asarray(dropout(x, rate=0.2, key=jax.random.key(0)))
+    y = np.asarray(dropout(x, rate=0.2, key=jax.random.key(0), layout=tiny.layout()))
     assert set(np.unique(y)) == {0, np.float32(1.25)}
     # 10^5 draws: the share of zeros is 0.2 with a standard error of 0.0013; five of those
     assert abs((y == 0).mean() - 0.2) < 5 * 0.0013
-    assert dropout(x, rate=0.2, key=None) is x
+    assert dropout(x, rate=0.2, key=None, layout=tiny.layout()) is x
 
 
 def test_alibi_slopes_follow_the_paper_and_blooms_order():

@@ -1,0 +1,125 @@
+"""A kernel's forward and backward are softmax attention and its derivative, over whole rows or a block of their keys."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxlm.config import UserError
+from jaxlm.models import kernels
+from jaxlm.models.kernels import ATTENTION, choose_attention
+from jaxlm.parallel.context import attend
+
+CUDNN, XLA = (next(kernel for kernel in ATTENTION if kernel.name == name) for name in ("cudnn", "xla"))
+FORWARD, BACKWARD = (jax.jit(local, static_argnames="causal") for local in (XLA.forward, XLA.backward))
+
+# Relative L2 distance allowed between two orders of the same f32 sums: a gradient is a chain of 4 products and a softmax,
+# sums of at most 24 terms each; errors of 2^-24 add as sqrt(24) in a sum and linearly along the chain.
+REORDERED = 5 * 24**0.5 * 2**-24  # 1.5e-6
+
+
+def naive(q, k, v, bias, keep, causal):
+    """From the definition, one array of logits, keys and values repeated for their query heads."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]) + (0 if bias is None else bias)
+    logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool) | (not causal), logits, -jnp.inf)
+    weights = jax.nn.softmax(logits) * (1 if keep is None else keep)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v), jax.nn.logsumexp(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnames="causal")
+def naive_and_gradients(q, k, v, bias, keep, dout, *, causal):
+    (out, lse), gradients = jax.vjp(lambda q, k, v: naive(q, k, v, bias, keep, causal), q, k, v)
+    return (out, lse), gradients((dout, jnp.zeros_like(lse)))
+
+
+def operands(T, S, N, K, *, with_bias, with_keep, H=8, B=2, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v, dout = (rng.standard_normal((B, *x, H), np.float32) for x in ((T, N), (S, K), (S, K), (T, N)))
+    bias = rng.standard_normal((1, N, T, S), np.float32) if with_bias else None
+    keep = (rng.random((B, N, T, S)) < 0.7).astype(np.float32) / 0.7 if with_keep else None
+    return (*map(jnp.asarray, (q, k, v)), dout, bias, keep)
+
+
+def near(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert np.linalg.norm(np.float64(a) - b) <= REORDERED * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(("with_bias", "with_keep"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("T", "S", "causal"), [(12, 12, True), (12, 12, False), (6, 20, False), (20, 6, False)])
+@pytest.mark.parametrize(("N", "K"), [(6, 6), (6, 2)])
+def test_xla_is_softmax_attention_and_its_derivative(T, S, causal, N, K, with_bias, with_keep):
+    q, k, v, dout, bias, keep = operands(T, S, N, K, with_bias=with_bias, with_keep=with_keep)
+    setting = dict(bias=bias, keep=keep, causal=causal)
+    want, gradients = naive_and_gradients(q, k, v, bias, keep, dout, causal=causal)
+    out, lse = FORWARD(q, k, v, **setting)
+    near((out, lse), want)
+    near(BACKWARD(q, k, v, out, lse, dout, **setting), gradients)
+
+
+def test_a_block_of_keys_with_the_whole_rows_out_and_lse_gives_its_share_of_the_gradient():
+    q, k, v, dout, bias, _ = operands(8, 24, 4, 2, with_bias=True, with_keep=False)
+    assert bias is not None
+    whole = dict(keep=None, causal=False)
+    out, lse = FORWARD(q, k, v, bias=bias, **whole)
+    want = BACKWARD(q, k, v, out, lse, dout, bias=bias, **whole)
+    blocks = (slice(0, 10), slice(10, 24))
+    shares = [BACKWARD(q, k[:, s], v[:, s], out, lse, dout, bias=bias[..., s], **whole) for s in blocks]
+    dq, dk, dv = zip(*shares)
+    near((sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)), want)
+
+
+def test_bfloat16_operands_give_bfloat16_results_and_a_float32_lse():
+    q, k, v, dout, *_ = operands(12, 12, 4, 2, with_bias=False, with_keep=False)
+    (want, _), gradients = naive_and_gradients(q, k, v, None, None, dout, causal=True)
+    q, k, v, dout = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, dout))
+    setting = dict(bias=None, keep=None, causal=True)
+    out, lse = FORWARD(q, k, v, **setting)
+    assert lse.dtype == jnp.float32
+    got = (out, *BACKWARD(q, k, v, out, lse, dout, **setting))
+    # bf16 rounds to 2^-9: four operands, the weights or logits' gradient, and the result, at most 6 of them in a chain
+    for a, b in zip(got, (want, *gradients), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.float32(a) - b) <= 6 * 2**-9 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("keep", "forward_runs"), [((), 2), (("attn_context",), 1)])
+def test_a_backward_that_keeps_attention_runs_cudnns_forward_once(monkeypatch, with_bias, keep, forward_runs):
+    """Compiled for a GPU that is not there, as far as the calls that XLA hands to cuDNN."""
+    monkeypatch.setattr(kernels.cudnn, "check_cudnn_version", lambda: 91900)
+    q, k = (jax.ShapeDtypeStruct((2, 16, n, 8), jnp.bfloat16) for n in (4, 2))
+    slopes = jnp.ones(4) if with_bias else None
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+
+    @partial(jax.checkpoint, policy=policy)
+    def layer(q, k, v):
+        return attend(tiny.layout(), CUDNN, "alltoall", q, k, v, slopes, None)
+
+    gradients = jax.jit(jax.grad(lambda *operands: jnp.square(layer(*operands)).sum(), (0, 1, 2)))
+    text = gradients.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @__cudnn\$(\w+)\(", text)
+    name = "fmhaScaleBiasSoftmax" if with_bias else "fmhaSoftmax"
+    assert sorted(calls) == [name] * forward_runs + [name + "Backward"]
+    results = re.search(r"@__cudnn\$\w+Backward\(.*-> (.*)", text)
+    assert results and results[1].count("bf16") == 3  # the bias gets no gradient
+
+
+def test_cudnn_says_why_it_does_not_serve():
+    model = tiny.config(dtype="bfloat16", embed_dim=48).model
+    assert str(choose_attention(model, "cpu")) == "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"
+    assert str(choose_attention(model, "gpu")) == "cudnn"
+    refusals = {
+        "not float32": dict(dtype="float32"), "head width 4": dict(head_dim=4), "head width 512": dict(head_dim=512),
+        "ALiBi": dict(position="alibi"), "dropout": dict(dropout=0.1),
+    }  # fmt: skip
+    for reason, setting in refusals.items():
+        changed = tiny.replace(tiny.config(dtype="bfloat16", embed_dim=48), model=setting)
+        with pytest.raises(UserError, match=reason):
+            choose_attention(tiny.replace(changed, model=dict(attention="cudnn")).model, "gpu")
