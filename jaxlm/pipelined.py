@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import init_block
@@ -25,7 +26,7 @@ from jaxlm.parallel import pipeline
 from jaxlm.parallel.dense import finish_gradient
 from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.schedule import Schedule
-from jaxlm.parallel.stages import Stages, cut
+from jaxlm.parallel.stages import Stages, by_layer, by_slot, cut
 
 AXIS = "pipeline"
 SLOT = ("stage", "repeat")
@@ -36,6 +37,13 @@ class Pipeline:
     schedule: Schedule
     stages: Stages
     pieces: Pieces
+
+    def __str__(self) -> str:
+        plan, counts = self.schedule, self.stages.counts
+        layers = f"{counts[0]}" if self.stages.is_even else ",".join(map(str, counts))
+        repeats = f", {plan.repeats} repeats" if plan.repeats > 1 else ""
+        stages = f"{plan.stages} stages{repeats} of {layers} layers"
+        return f"{plan.name}, {stages}, {plan.microbatches} microbatches: bubble {plan.bubble_frac:.1%}"
 
 
 def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
@@ -120,6 +128,19 @@ def loss(pipe: Pipeline, layout: Layout, dims: Any, params: dict, batch: Batch) 
         return pipeline.loss(pipe.schedule, AXIS, _parts(pipe, micro, data_M, 0.0), *_split(params))
 
     return _run(pipe, layout, dims, local, lambda specs: jax.P())(params, batch, None)
+
+
+def to_layers(pipe: Pipeline | None, tree: Any) -> Any:
+    """A tree of the state as checkpoints keep it: a leaf a layer, {name: leaf}, each on its stage's devices."""
+    return tree if pipe is None else by_layer(pipe.stages, name_leaves(tree))
+
+
+def from_layers(pipe: Pipeline | None, saved: Any, like: Any) -> Any:
+    """What `to_layers` gave, as the tree of abstract leaves `like`."""
+    if pipe is None:
+        return saved
+    made = by_slot(pipe.stages, saved, name_leaves(like))
+    return jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
 
 
 def _parts(pipe: Pipeline, micro: Batch, data_M: Any, z_loss: float) -> pipeline.Parts:

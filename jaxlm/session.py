@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.config import Config, Problem, UserError, get
+from jaxlm.config import Config, PipelineConfig, Problem, UserError, get
 from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
@@ -31,6 +31,7 @@ from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
+from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, from_json, shown
 from jaxlm.step import Program, abstract_state, make_program
 
@@ -125,6 +126,18 @@ def open_program(config: Config) -> Program:
     return make_program(config, open_mesh(config))
 
 
+def open_plain_program(config: Config) -> Program:
+    """The program of `config` without a pipeline, its stages' devices sharing the parameters by fsdp: for tools that run
+    the model as it is written. Raises as `open_program` does."""
+    m = config.mesh
+    if m.pipeline == 1:
+        return open_program(config)
+    fsdp = m.fsdp * m.pipeline if min(m.fsdp, m.pipeline) > 0 else -1
+    return open_program(
+        dataclasses.replace(config, mesh=dataclasses.replace(m, pipeline=1, fsdp=fsdp), pipeline=PipelineConfig())
+    )
+
+
 def attention_facts(program: Program) -> dict[str, str]:
     """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
     model, layout = program.config.model, program.layout
@@ -193,7 +206,9 @@ def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
 
 def restore_params(program: Program, workdir: Path, step: int | None) -> restore.Restored:
     """Parameters of checkpoint `step`, or of the newest, on the program's devices. UserError if there is none."""
-    return restore.restore_params(workdir / "checkpoints", abstract_state(program).params, step=step)
+    like = abstract_state(program).params
+    found = restore.restore_params(workdir / "checkpoints", to_layers(program.pipe, like), step=step)
+    return dataclasses.replace(found, state=from_layers(program.pipe, found.state, like))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
+from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
 from jaxlm.session import (
     Corpus,
@@ -41,8 +42,10 @@ from jaxlm.session import (
     make_loader,
     open_corpus,
     open_mesh,
+    open_plain_program,
     open_program,
     preflight,
+    restore_params,
     with_vocabulary,
 )
 from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
@@ -97,12 +100,13 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
         held_out = open_held_out(config, corpus, progress.note)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
-        restored = store.restore_latest(abstract_state(program))
+        like = abstract_state(program)
+        restored = store.restore_latest(to_layers(program.pipe, like))
         if restored and restored.step >= config.train.num_steps:
             progress.note(f"already at step {restored.step}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
-        state = restored.state if restored else init_state(program)
+        state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
         start = restored.step if restored else 0
         compiled = build(program, state, loader)
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
@@ -232,7 +236,7 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.log.flush()
-        self.store.save(step, state, metadata={"jax": jax.__version__})
+        self.store.save(step, to_layers(self.program.pipe, state), metadata={"jax": jax.__version__})
 
     def _announce_commits(self) -> None:
         for save in self.store.poll():
@@ -331,14 +335,17 @@ def make_meter(facts: dict) -> StepMeter:
 
 def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
-    sample, log = None, program.config.log
+    sample, log, params = None, program.config.log, state.params
     if code == EXIT_NOT_SAVED:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
         note("stopped; the same command goes on from here")
     elif log.sample_tokens:
+        if program.pipe is not None:  # the model as it is written needs its layers side by side
+            program = open_plain_program(program.config)
+            params = restore_params(program, workdir, None).state
         sample = write_sample(
-            program, state.params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
+            program, params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
             temperature=0.8, top_k=50, seed=program.config.train.seed,
         )  # fmt: skip
         note(f"--- the model's writing ---\n{sample}\n---")

@@ -178,4 +178,9 @@ class Layout:
             if size % parts:
                 over = "*".join(f"mesh.{axis}" for axis in axes)
                 text = f"dim {dim!r} of {name} has {size} entries"
-                raise UserError(Problem(text, f"does not split over {over} = {parts}", f"use a multiple of {parts}"))
+                remedy = (
+                    f"set model.vocab_multiple to a multiple of {parts}"
+                    if dim == "vocab"
+                    else f"use a multiple of {parts}"
+                )
+                raise UserError(Problem(text, f"does not split over {over} = {parts}", remedy))

@@ -36,6 +36,10 @@ class Stages:
     def is_even(self) -> bool:
         return len(set(self.counts)) == 1
 
+    def stacks(self, leaf: Any) -> bool:
+        """Whether a slot's leaf holds a layer for each stage and repeat; an optimizer's stand-in for nothing does not."""
+        return leaf.shape[:2] == (self.stages, self.repeats)
+
     def layers(self) -> np.ndarray:
         """i32[J, P, R]: the layer in each slot, -1 where there is none."""
         firsts = [0, *itertools.accumulate(self.counts)]
@@ -58,13 +62,12 @@ def by_layer(stages: Stages, named: Mapping[str, Any]) -> dict[str, Any]:
     table = stages.layers()
     for name, leaf in named.items():
         match = NAME.match(name)
-        if match is None or leaf.ndim < 2 or leaf.shape[:2] != (stages.stages, stages.repeats):
+        if match is None:
             out[name] = leaf
             continue
-        for s, r in np.ndindex(stages.stages, stages.repeats):
-            i = table[int(match[2]), s, r]
-            if i >= 0:
-                out[f"{match[1]}.{i}.{match[3]}"] = _layer_of(leaf, s, r)
+        layers = table[int(match[2])]
+        for s, r in np.argwhere(layers >= 0):
+            out[f"{match[1]}.{layers[s, r]}.{match[3]}"] = _layer_of(leaf, s, r) if stages.stacks(leaf) else leaf
     return out
 
 
@@ -74,12 +77,12 @@ def by_slot(stages: Stages, named: Mapping[str, Any], like: Mapping[str, Any]) -
     table = stages.layers()
     for name, want in like.items():
         match = NAME.match(name)
-        if match is None or name in named:
+        if match is None:
             out[name] = named[name]
             continue
         layers = table[int(match[2])]
         leaves = {(s, r): named[f"{match[1]}.{layers[s, r]}.{match[3]}"] for s, r in np.argwhere(layers >= 0)}
-        out[name] = _slot_of(leaves, want)
+        out[name] = _slot_of(leaves, want) if stages.stacks(want) else next(iter(leaves.values()))
     return out
 
 
