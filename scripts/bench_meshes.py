@@ -2,10 +2,11 @@
 
   python scripts/bench_meshes.py --config configs/gpt2.py:355m [--config.a.b=v ...] --meshes one data=2 fsdp=2,model=2
 
-A mesh is degrees separated by commas, with context_method=NAME if need be; "one" is a single device. Each trains from the
-same seed on the same batches. Prints a JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile
-seconds, bytes a device by the compiler's count, the largest relative difference of a loss from the first mesh's, and the
-losses.
+A mesh is degrees separated by commas, with other keys of mesh, pipeline, train or model where need be, for example
+pipeline=2,microbatches=16,batch_size=64; "one" is a single device. Each trains from the same seed on the same batches.
+Prints a JSON line a mesh: device, step_ms (median of the second half), tokens/s, compile seconds, bytes a device by the
+compiler's count and the process's peak by the device's (run a mesh alone for its own), collectives, the largest relative
+difference of a loss from the first mesh's, and the losses.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.config import MESH_AXES, Config, MeshConfig, Problem, UserError
+from jaxlm.config import MESH_AXES, Config, MeshConfig, PipelineConfig, Problem, UserError
 from jaxlm.models.presets import PRESETS
+from jaxlm.parallel.describe import communication_summary
 from jaxlm.parallel.mesh import make_layout
-from jaxlm.parallel.rules import Layout
 from jaxlm.session import make_loader, open_corpus, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import init_state, make_program, put_batch
@@ -50,24 +51,31 @@ def main(argv: Sequence[str]) -> int:
             result = measure(config, corpus, text, args.steps)
             losses = np.array(result["losses"])
             reference = losses if reference is None else reference
-            worst = float(np.max(np.abs(losses / reference - 1)))
+            same = losses.shape == reference.shape
+            worst = float(np.max(np.abs(losses / reference - 1))) if same else None
             print(json.dumps(result | {"worst_relative_difference": worst}), flush=True)
     return 0
 
 
-def layout_of(text: str) -> Layout:
+def apply(config: Config, text: str) -> Config:
+    """`config` with what `text` says of its mesh, its pipeline and its batch."""
     parts = {} if text == "one" else dict(part.split("=") for part in text.split(","))
-    unknown = sorted(parts.keys() - {field.name for field in dataclasses.fields(MeshConfig)})
-    if unknown:
-        raise UserError(Problem(f"--meshes {text}", f"no axis {', '.join(unknown)}", f"axes: {', '.join(MESH_AXES)}"))
-    mesh: dict[str, Any] = {"data": 1} | {k: int(v) if v.isdigit() else v for k, v in parts.items()}
-    config = MeshConfig(**mesh)
-    return make_layout(config, jax.devices()[: math.prod(config.degrees.values())])
+    sections: dict[str, Any] = dict(
+        mesh=MeshConfig(data=1), pipeline=PipelineConfig(), train=config.train, model=config.model
+    )
+    for key, value in parts.items():
+        homes = [name for name, section in sections.items() if key in {f.name for f in dataclasses.fields(section)}]
+        if not homes:
+            raise UserError(Problem(f"--meshes {text}", f"no axis or setting {key}", f"axes: {', '.join(MESH_AXES)}"))
+        home = homes[0]
+        sections[home] = dataclasses.replace(sections[home], **{key: int(value) if value.isdigit() else value})
+    return dataclasses.replace(config, **sections)
 
 
 def measure(config: Config, corpus, text: str, steps: int) -> dict:
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=steps))
-    program = make_program(config, layout_of(text))
+    config = apply(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=steps)), text)
+    layout = make_layout(config.mesh, jax.devices()[: math.prod(config.mesh.degrees.values())])
+    program = make_program(config, layout)
     loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
     state = init_state(program)
     compiled = build(program, state, loader)
@@ -80,9 +88,12 @@ def measure(config: Config, corpus, text: str, steps: int) -> dict:
         times_s.append(time.perf_counter() - begin)
     step_s = statistics.median(times_s[steps // 2 :])
     tokens = config.train.batch_size * config.train.seq_len
+    peak = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in layout.mesh.devices.flat]
     return dict(
-        mesh=text, device=jax.devices()[0].device_kind, devices=program.layout.mesh.size, step_ms=step_s * 1e3,
-        tokens_per_s=tokens / step_s, compile_s=compiled.seconds, memory_bytes=compiled.memory_bytes, losses=losses,
+        mesh=text, device=jax.devices()[0].device_kind, devices=layout.mesh.size, step_ms=step_s * 1e3,
+        tokens_per_s=tokens / step_s, rows_per_s=config.train.batch_size / step_s, compile_s=compiled.seconds,
+        memory_bytes=compiled.memory_bytes, peak_bytes=peak, pipeline=str(program.pipe or ""),
+        sent=communication_summary(compiled.collectives, shown=9), losses=losses,
     )  # fmt: skip
 
 

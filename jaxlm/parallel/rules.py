@@ -178,9 +178,5 @@ class Layout:
             if size % parts:
                 over = "*".join(f"mesh.{axis}" for axis in axes)
                 text = f"dim {dim!r} of {name} has {size} entries"
-                remedy = (
-                    f"set model.vocab_multiple to a multiple of {parts}"
-                    if dim == "vocab"
-                    else f"use a multiple of {parts}"
-                )
-                raise UserError(Problem(text, f"does not split over {over} = {parts}", remedy))
+                key = "set model.vocab_multiple to" if dim == "vocab" else "use"
+                raise UserError(Problem(text, f"does not split over {over} = {parts}", f"{key} a multiple of {parts}"))
