@@ -112,8 +112,9 @@ def test_dropout_and_recomputation_are_those_of_one_device(one_device):
     check(one_device, c, 8, pipeline=2, context=2, model=2)
 
 
-def test_evaluation_under_a_pipeline_is_that_of_one_device():
-    c = config("llama", schedule="1f1b", microbatches=4, repeats=2)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_evaluation_under_a_pipeline_is_that_of_one_device(repeats):
+    c = config("llama", schedule="1f1b", microbatches=4, repeats=repeats)
     sums = []
     for layout, case in (
         (tiny.layout(), dataclasses.replace(c, pipeline=PipelineConfig())),

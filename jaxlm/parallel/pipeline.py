@@ -66,7 +66,7 @@ def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -
         left = schedule.forward(schedule.stages - 1, t)
         done = left.on & (left.repeat == schedule.repeats - 1)
         more = run.when(done, lambda y: parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], y)
-        return (run.send(y, 1), report + more), None
+        return (run.send(y, 1), report + jnp.where(done, more, 0)), None
 
     zero = jnp.zeros(jax.eval_shape(parts.first, ends, 0).shape, jax.eval_shape(parts.first, ends, 0).dtype)
     return jax.lax.scan(tick, (zero, jnp.zeros((), jnp.float32)), jnp.arange(schedule.forward_ticks))[0][1]
