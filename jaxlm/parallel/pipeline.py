@@ -139,7 +139,7 @@ class _Run:
         weights = self.at(item.repeat)
         pull = self.linear(weights, jnp.zeros_like(dy), item.microbatch, item.repeat)[1]
         dw, dx = pull(kept, jnp.where(item.on, dy, 0))
-        dweights = jax.tree.map(lambda all_, one: all_.at[item.repeat].add(one), dweights, dw)
+        dweights = jax.tree.map(partial(self.add_at, item.repeat), dweights, dw)
 
         entered = schedule.backward(0, t)
 
@@ -156,12 +156,13 @@ class _Run:
         y, back = jax.vjp(lambda w, x: self.parts.stage(w, x, microbatch, repeat), weights, x)
         leaves, tree = jax.tree.flatten(back)
         own = {id(leaf) for leaf in jax.tree.leaves(weights)}
+        kept = {id(leaf): leaf for leaf in leaves if id(leaf) not in own}  # each once, however many readers it has
 
-        def pull(kept: list, dy: jax.Array) -> Any:
-            saved = iter(kept[1:])
-            return jax.tree.unflatten(tree, [leaf if id(leaf) in own else next(saved) for leaf in leaves])(dy)
+        def pull(saved: list, dy: jax.Array) -> Any:
+            found = dict(zip(kept, saved[1:], strict=True))
+            return jax.tree.unflatten(tree, [found.get(id(leaf), leaf) for leaf in leaves])(dy)
 
-        return [y, *(leaf for leaf in leaves if id(leaf) not in own)], pull
+        return [y, *kept.values()], pull
 
     @property
     def stage(self) -> jax.Array:
@@ -172,6 +173,10 @@ class _Run:
         if self.schedule.repeats == 1:
             return jax.tree.map(lambda leaf: leaf[0], self.weights)
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), self.weights)
+
+    def add_at(self, repeat: Any, sums: jax.Array, one: jax.Array) -> jax.Array:
+        """`sums` [R, ...] with `one` added to a repeat; with R = 1 the plain sum, which a product can write itself."""
+        return sums + one[None] if self.schedule.repeats == 1 else sums.at[repeat].add(one)
 
     def send(self, x: jax.Array, step: int) -> jax.Array:
         """x of the stage `step` before this one, in a ring."""
