@@ -3,6 +3,7 @@
 Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml holds the contract):
   train.py                                      the loop: start reading here
   evaluate.py generate.py report.py             tools over a finished or running workdir
+  plan/                                         what a config would do, before any device is touched
   header.py                                     what a run says of itself before its first step
   session.py                                    what the loop and the tools both open: data, program, checkpoints
   step.py                                       one update: model x loss x optimizer x mesh

@@ -47,10 +47,19 @@ class Pipeline:
 
 
 def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
-    """The pipeline of `config` on this mesh; None for one stage. Raises UserError with every rule it breaks."""
-    P, settings, model, train = layout.mesh.shape[AXIS], config.pipeline, config.model, config.train
+    """The pipeline of `config` on this mesh; None for one stage. Raises UserError as `plan_stages` does."""
+    P, model, train = layout.mesh.shape[AXIS], config.model, config.train
     if P == 1:
         return None
+    schedule, stages = plan_stages(config, num_stages=P, num_row_shards=layout.num_row_shards)
+    inside = dataclasses.replace(layout, inside=True)
+    loss = partial(cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens)
+    return Pipeline(schedule, stages, Pieces(model, inside, stages, loss))
+
+
+def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tuple[Schedule, Stages]:
+    """Who works on what when, and which layers are where: needs no device. Raises UserError with every rule it breaks."""
+    P, settings, model, train = num_stages, config.pipeline, config.model, config.train
     M, R = settings.microbatches or 4 * P, settings.repeats
     counts = settings.stage_layers or cut(model.num_layers, stages=P, repeats=R)
     problems = []
@@ -59,7 +68,7 @@ def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
         if not holds:
             problems.append(Problem(where, text, remedy))
 
-    rows, shards = train.batch_size // train.accumulate, layout.num_row_shards
+    rows, shards = train.batch_size // train.accumulate, num_row_shards
     asked = f"pipeline.microbatches={M}"
     over = f"train.batch_size / train.accumulate = {rows} rows"
     need(rows % (M * shards) == 0, asked, f"does not split {over} over {shards} devices' rows",
@@ -75,10 +84,7 @@ def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
     need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
     if problems:
         raise UserError(*problems)
-    stages = Stages(P, R, tuple(counts))
-    inside = dataclasses.replace(layout, inside=True)
-    loss = partial(cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens)
-    return Pipeline(Schedule(settings.schedule, P, M, R), stages, Pieces(model, inside, stages, loss))
+    return Schedule(settings.schedule, P, M, R), Stages(P, R, tuple(counts))
 
 
 def slot_dims(pipe: Pipeline, dims: dict) -> dict:

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
 class Item:
-    """A microbatch at a repeat; fields are ints or i32[] arrays. on: whether the tick has work at this stage at all.
+    """A microbatch at a repeat; fields are integers or arrays of them. on: whether the tick has work at this stage at all.
     index: its place in the order of items of its direction."""
 
     on: Any
@@ -85,12 +86,12 @@ class Schedule:
     def forward(self, stage: Any, tick: Any) -> Item:
         """The item whose forward `stage` does at `tick`; clipped into range where it is not on."""
         k = tick - stage
-        index = jnp.clip(k, 0, self.num_items - 1)
+        index = _clip(k, self.num_items - 1)
         return self._item(k == index, index, index % (self.stages * self.repeats) // self.stages)
 
     def backward(self, stage: Any, tick: Any) -> Item:
         k = tick - self.first_backward - (self.stages - 1 - stage)
-        index = jnp.clip(k, 0, self.num_items - 1)
+        index = _clip(k, self.num_items - 1)
         return self._item(k == index, index, self.repeats - 1 - index % (self.stages * self.repeats) // self.stages)
 
     def forward_tick(self, stage: Any, item: Item) -> Any:
@@ -101,3 +102,8 @@ class Schedule:
     def _item(self, on: Any, index: Any, repeat: Any) -> Item:
         group = index // (self.stages * self.repeats)
         return Item(on, repeat, group * self.stages + index % self.stages, index)
+
+
+def _clip(k: Any, last: int) -> Any:
+    """k held to 0..last; by numpy unless k is jax's, so that whoever only draws a schedule touches no device."""
+    return np.clip(k, 0, last) if isinstance(k, int | np.integer | np.ndarray) else jnp.clip(k, 0, last)
