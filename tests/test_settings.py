@@ -48,7 +48,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
         model__num_heads="7",
         train__accumulate="3",
         model__remat="attn_outt=keep",
-        mesh__pipeline="2",
+        mesh__pipeline="0",
     )
     assert "model.num_heads" in found["model.num_headz=3"].remedy
     assert "is not int" in found["model.num_layers=2.5"].rule
@@ -58,7 +58,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
     assert "6, 8" in found["model.num_heads=7"].remedy
     assert "train.batch_size=8" in found
     assert "attn_out" in found["model.remat=attn_outt=keep"].remedy
-    assert "mesh.pipeline=2" in found
+    assert "mesh.pipeline=0" in found
     assert all(str(p).count("\n") == 2 for p in found.values())
 
 
