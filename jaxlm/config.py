@@ -400,6 +400,12 @@ def _check_run(config: Config, rule: Any) -> None:
         "factors each layer's second moments, which a pipeline keeps stacked by stage",
         "use adamw, lion or muon, or set mesh.pipeline=1",
     )
+    rule(
+        config.mesh.pipeline == 1 or "=offload" not in m.remat,
+        "model.remat",
+        "a pipeline keeps what its forwards made on the device",
+        "use name=keep, or set mesh.pipeline=1",
+    )
     unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
     rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")
     rule(

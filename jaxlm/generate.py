@@ -39,9 +39,12 @@ def generate(
     if not len(prompt):
         raise ValueError("generation needs at least one token to start from")
     length, model = len(prompt) + max_new_tokens, program.config.model
-    mesh = program.layout.mesh.shape
-    unit = 2 * mesh["context"] * mesh["model"]  # positions of the window split evenly over these, in half chunks too
-    window = min(model.max_seq_len, -(-length // unit) * unit)
+    layout = program.layout
+    parts = layout.num_parts(
+        layout.split("residual")
+    )  # positions of the window split evenly over these, in half chunks too
+    unit = next(unit for unit in (2 * parts, parts) if unit <= model.max_seq_len)
+    window = min(model.max_seq_len // unit, -(-length // unit)) * unit
     buffer_T = np.zeros(max(length, window), np.int32)
     buffer_T[: len(prompt)] = prompt
     num_ids = num_ids or model.vocab_size

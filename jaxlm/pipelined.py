@@ -24,7 +24,7 @@ from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.models.pieces import Pieces
 from jaxlm.parallel import pipeline
 from jaxlm.parallel.dense import finish_gradient
-from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.rules import Layout, by_dims
 from jaxlm.parallel.schedule import Schedule
 from jaxlm.parallel.stages import Stages, by_layer, by_slot, cut
 
@@ -80,6 +80,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     layers = f"model.num_layers={model.num_layers}"
     need(model.num_layers >= P * R, f"mesh.pipeline={P} * pipeline.repeats={R}", f"is more than {layers}", "use fewer")
     given = f"pipeline.stage_layers={','.join(map(str, counts))}"
+    need(min(counts) >= 0, given, "has a negative count", "use 0 or more")
     need(len(counts) == P * R, given, f"is not one count for each of {P * R} virtual stages", f"give {P * R} counts")
     need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
     if problems:
@@ -122,7 +123,7 @@ def loss_and_grads(
         parts = _parts(pipe, micro, data_M, z_loss)
         nats, (dslots, dends) = pipeline.loss_and_grads(pipe.schedule, AXIS, parts, *_split(params))
         grads = dends | {"layers": jax.tree.map(lambda leaf: leaf[None], dslots)}
-        return nats, _by_dims(lambda d, g: finish_gradient(pipe.pieces.layout, g, d), dims, grads)
+        return nats, by_dims(lambda d, g: finish_gradient(pipe.pieces.layout, g, d), dims, grads)
 
     return _run(pipe, layout, dims, local, lambda specs: (jax.P(), specs("grads")))(params, batch, keys_M)
 
@@ -163,7 +164,7 @@ def _split(params: dict) -> tuple[Any, dict]:
 
 def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Callable) -> Callable:
     def specs(at: Any) -> Any:
-        return _by_dims(lambda d: layout.spec(d, at=at), dims)
+        return by_dims(lambda d: layout.spec(d, at=at), dims)
 
     def run(params: dict, batch: Batch, keys_M: Any) -> Any:
         M = pipe.schedule.microbatches
@@ -176,7 +177,3 @@ def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Calla
         )
 
     return run
-
-
-def _by_dims(function: Callable, dims: Any, *trees: Any) -> Any:
-    return jax.tree.map(function, dims, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))

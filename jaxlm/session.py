@@ -7,6 +7,7 @@ summary.json.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.config import Config, PipelineConfig, Problem, UserError, get
+from jaxlm.config import Config, PipelineConfig, Problem, UserError, get, ignored
 from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
@@ -29,7 +30,7 @@ from jaxlm.data.samples import Samples, TokenRange, split_ranges
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
-from jaxlm.parallel.mesh import make_layout
+from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, from_json, shown
@@ -105,12 +106,19 @@ def open_mesh(config: Config) -> Layout:
     """
     check_accelerator()
     layout = make_layout(config.mesh, jax.devices())
+    actual = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **layout.mesh.shape))
+    chosen = [key for key, (_, default) in SCHEMA.items() if get(config, key) != default.default]
+    if problems := [
+        p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
+    ]:  # what a -1 turned out to be
+        raise UserError(*problems)
     choose_attention(config.model, layout.platform)
     choose_context(layout, config.model, config.train.seq_len)
     shards, train = layout.num_row_shards, config.train
     rows = train.batch_size // train.accumulate
     if rows % shards:
-        text = f"/ train.accumulate={train.accumulate} = {rows} rows do not split over mesh.data*mesh.fsdp = {shards}"
+        over = "*".join(f"mesh.{axis}" for axis in layout.split("batch"))
+        text = f"/ train.accumulate={train.accumulate} = {rows} rows do not split over {over} = {shards}"
         fits = [a for a in range(1, train.batch_size + 1) if train.batch_size % (a * shards) == 0]
         below = train.batch_size // shards * shards
         batch = f"train.batch_size={below or shards} or {below + shards if below else 2 * shards}"
@@ -127,15 +135,18 @@ def open_program(config: Config) -> Program:
 
 
 def open_plain_program(config: Config) -> Program:
-    """The program of `config` without a pipeline, its stages' devices sharing the parameters by fsdp: for tools that run
-    the model as it is written. Raises as `open_program` does."""
-    m = config.mesh
-    if m.pipeline == 1:
+    """The program of `config` without a pipeline, for tools that run the model as it is written, on rows of their own.
+
+    The stages' devices share the parameters by fsdp, or repeat them where the model width does not split so far.
+    """
+    degrees = dict(make_mesh(config.mesh, jax.devices()).shape)
+    if (stages := degrees.pop("pipeline")) == 1:
         return open_program(config)
-    fsdp = m.fsdp * m.pipeline if min(m.fsdp, m.pipeline) > 0 else -1
-    return open_program(
-        dataclasses.replace(config, mesh=dataclasses.replace(m, pipeline=1, fsdp=fsdp), pipeline=PipelineConfig())
-    )
+    takes = "fsdp" if config.model.embed_dim % (degrees["fsdp"] * stages) == 0 else "data"
+    degrees[takes] *= stages
+    mesh = dataclasses.replace(config.mesh, pipeline=1, **degrees)
+    train = dataclasses.replace(config.train, batch_size=math.prod(degrees.values()), accumulate=1)
+    return open_program(dataclasses.replace(config, mesh=mesh, train=train, pipeline=PipelineConfig()))
 
 
 def attention_facts(program: Program) -> dict[str, str]:

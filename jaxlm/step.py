@@ -26,7 +26,7 @@ from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.context import choose_context
-from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.rules import Layout, by_dims
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
 BATCH_DIMS = ("batch", "seq")
@@ -86,7 +86,7 @@ def make_program(config: Config, layout: Layout) -> Program:
     flat = nnx.to_flat_state(variables)
     params = {".".join(map(str, path)): Declared(v.shape, v.dims, v.size * v.dtype.itemsize) for path, v in flat}
     check_layout(layout, params, max_replicated_frac=config.mesh.max_replicated_frac)
-    layout.check_divides("a row", (config.train.seq_len,), ("residual",))
+    layout.check_divides("train.seq_len", (config.train.seq_len,), ("residual",))
     choose_context(layout, config.model, config.train.seq_len)
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
@@ -166,7 +166,7 @@ def state_shardings(program: Program) -> TrainState:
 
 def _shardings(program: Program, shapes: TrainState) -> TrainState:
     layout = program.layout
-    params, stored = (_by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
+    params, stored = (by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
     whole, memory = layout.replicated, "pinned_host" if program.config.optim.offload else None
 
     def like_param(moment: Any, param: Any, sharding: Any) -> Any:
@@ -176,11 +176,6 @@ def _shardings(program: Program, shapes: TrainState) -> TrainState:
         program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
     )
     return TrainState(whole, params, moments, whole, whole)
-
-
-def _by_dims(function: Callable, dims: Any, *trees: Any) -> Any:
-    """`function` of the dims of each parameter, and of the leaves of `trees`."""
-    return jax.tree.map(function, dims, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -198,7 +193,7 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     if optim.clip_norm:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
-    split = partial(_by_dims, lambda dims, leaf: program.layout.constrain(leaf, dims, at="optimizer"), program.dims)
+    split = partial(by_dims, lambda dims, leaf: program.layout.constrain(leaf, dims, at="optimizer"), program.dims)
     grads, params = split(grads), split(state.params)
     before = jax.device_put(state.opt_state, jax.memory.Space.Device) if optim.offload else state.opt_state
     updates, opt_state = program.optimizer.update(grads, before, params)
@@ -258,7 +253,7 @@ def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array,
         return _sums(program, params, batch, key if drops else None)
 
     (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return nats, _by_dims(lambda dims, g: program.layout.constrain(g, dims, at="grads"), program.dims, grads)
+    return nats, by_dims(lambda dims, g: program.layout.constrain(g, dims, at="grads"), program.dims, grads)
 
 
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -335,21 +335,30 @@ def make_meter(facts: dict) -> StepMeter:
 
 def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
-    sample, log, params = None, program.config.log, state.params
+    sample, log = None, program.config.log
     if code == EXIT_NOT_SAVED:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
         note("stopped; the same command goes on from here")
     elif log.sample_tokens:
-        if program.pipe is not None:  # the model as it is written needs its layers side by side
-            program = open_plain_program(program.config)
-            params = restore_params(program, workdir, None).state
-        sample = write_sample(
-            program, params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
-            temperature=0.8, top_k=50, seed=program.config.train.seed,
-        )  # fmt: skip
-        note(f"--- the model's writing ---\n{sample}\n---")
+        try:
+            sample = sample_of(program, state, corpus, workdir)
+            note(f"--- the model's writing ---\n{sample}\n---")
+        except UserError as e:  # the run is done and saved, whatever this says
+            note(f"no sample: {e.problems[0]}")
     note_report(workdir, note, sample=sample)
+
+
+def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path) -> str:
+    """What the model writes after log.sample_prompt."""
+    log, params = program.config.log, state.params
+    if program.pipe is not None:  # the model as it is written needs its layers side by side
+        program = open_plain_program(program.config)
+        params = restore_params(program, workdir, None).state
+    return write_sample(
+        program, params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,
+        temperature=0.8, top_k=50, seed=program.config.train.seed,
+    )  # fmt: skip
 
 
 def note_report(workdir: Path, note: Callable[[str], None], *, sample: str | None = None) -> None:

@@ -43,6 +43,14 @@ METHODS = [
 ]
 
 
+@pytest.fixture
+def compiled_here():
+    """No cache of compiled programs: what the partitioner says, it says while it compiles."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 def config(family: str, accumulate: int, **model):
     kv = dict(num_kv_heads=8) if family != "llama" else dict(num_kv_heads=8, mlp_dim=48)
     train = dict(accumulate=accumulate, batch_size=16)
@@ -98,7 +106,7 @@ def check(
 
 
 @pytest.mark.parametrize(("degrees", "family"), list(zip(COVERING, itertools.cycle(tiny.FAMILIES))), ids=str)
-def test_a_covering_set_of_meshes_gives_the_one_device_numbers(one_device, capfd, degrees, family):
+def test_a_covering_set_of_meshes_gives_the_one_device_numbers(one_device, compiled_here, capfd, degrees, family):
     check(one_device, family, degrees, accumulate=1 if degrees[1] == 1 else 2)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
@@ -118,7 +126,9 @@ def test_what_rests_where_changes_no_number(one_device, family, degrees, mesh):
 
 
 @pytest.mark.parametrize(("method", "degrees", "family"), METHODS, ids=str)
-def test_rows_that_meet_by_blocks_of_keys_give_the_one_device_numbers(one_device, capfd, method, degrees, family):
+def test_rows_that_meet_by_blocks_of_keys_give_one_device_numbers(
+    one_device, compiled_here, capfd, method, degrees, family
+):
     model = dict(num_kv_heads=2) if family == "llama" else {}
     check(one_device, family, degrees, accumulate=1, num_steps=0, model=model, context_method=method)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
@@ -128,7 +138,7 @@ def test_rows_that_meet_by_blocks_of_keys_give_the_one_device_numbers(one_device
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
-def test_every_mesh_gives_the_one_device_numbers(one_device, capfd, degrees, family, accumulate):
+def test_every_mesh_gives_the_one_device_numbers(one_device, compiled_here, capfd, degrees, family, accumulate):
     check(one_device, family, degrees, accumulate)
     if accumulate == 1:
         check_bfloat16(one_device, family, degrees)

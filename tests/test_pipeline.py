@@ -15,9 +15,12 @@ import test_meshes
 import tiny
 from test_memory import abstract_batch
 
+from jaxlm import pipelined
 from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import PipelineConfig, UserError
+from jaxlm.parallel.pipeline import _Run
+from jaxlm.parallel.schedule import Schedule
 from jaxlm.parallel.stages import Stages, by_slot
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
@@ -30,6 +33,9 @@ def config(family: str = "gpt2", *, layers: int = 4, batch_size: int = 16, accum
     c = test_meshes.config(family, accumulate, num_layers=layers, **(model or {}))
     c = tiny.replace(c, train=dict(batch_size=batch_size))
     return dataclasses.replace(c, pipeline=PipelineConfig(**pipeline))
+
+
+compiled_here = test_meshes.compiled_here
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +90,9 @@ CI = [
 
 
 @pytest.mark.parametrize(("family", "devices", "mesh", "pipeline"), CI, ids=str)
-def test_a_covering_set_of_pipelines_gives_the_one_device_numbers(one_device, capfd, family, devices, mesh, pipeline):
+def test_a_covering_set_of_pipelines_gives_one_device_numbers(
+    one_device, compiled_here, capfd, family, devices, mesh, pipeline
+):
     check(one_device, config(family, **pipeline), devices, **mesh)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
@@ -186,6 +194,7 @@ def test_no_device_holds_another_stages_layers():
         (dict(microbatches=16, repeats=2, layers=6, model=dict(vocab_multiple=48)), dict(pipeline=3), "in groups"),
         (dict(microbatches=4, repeats=2), dict(pipeline=4), "is more than model.num_layers=4"),
         (dict(microbatches=4, stage_layers=(4,)), {}, "is not one count for each of 2 virtual stages"),
+        (dict(microbatches=4, stage_layers=(5, -1)), {}, "has a negative count"),
         (dict(microbatches=4, stage_layers=(1, 2)), {}, "does not add up to model.num_layers=4"),
     ],
 )  # fmt: skip
@@ -196,13 +205,43 @@ def test_a_pipeline_that_can_not_run_is_refused(pipeline, mesh, message):
     assert message in str(e.value)
 
 
+MUTATIONS = {
+    "gradients of vectors not summed over rows": (pipelined, "finish_gradient", lambda layout, g, dims: g),
+    "the first stage's output sent to the loss": (_Run, "from_stage", lambda run, stage, x: jax.lax.psum(
+        jnp.where(run.stage == 0, x, 0), run.axis)),
+    "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(
+        x, run.axis, [(s, (s - step) % 4) for s in range(4)])),
+    "residuals of another tick": (Schedule, "forward_tick", lambda self, stage, item: item.index + stage + 1),
+}  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_parity_check_sees_a_broken_pipeline(one_device, monkeypatch, mutation):
+    c = config("gpt2", schedule="1f1b", microbatches=4)
+    one_device(c)  # made whole before anything is broken
+    monkeypatch.setattr(*MUTATIONS[mutation])
+    with pytest.raises(AssertionError):
+        check(one_device, c, 8, pipeline=4, data=2)
+
+
+def test_bfloat16_over_a_pipeline_differs_by_its_own_rounding_alone(one_device):
+    """As test_meshes.check_bfloat16 has it: within twice what bfloat16 differs from float32 on one device."""
+    exact, c = (config("gpt2", schedule="1f1b", microbatches=4, model=dict(dtype=t)) for t in ("float32", "bfloat16"))
+    layout = tiny.layout(2, pipeline=2, data=1)
+    got = layer_leaves(make_program(c, layout).pipe.stages, test_meshes.numbers(c, layout)[0])
+    want, right = name_leaves(one_device(c)[0]), name_leaves(one_device(exact)[0])
+    for name, b in want.items():
+        if "key_bias" not in name:
+            assert np.linalg.norm(np.float64(got[name]) - b) <= 2 * np.linalg.norm(np.float64(b) - right[name]), name
+
+
 PICTURE = """
 import sys
 sys.path.insert(0, {tests!r})
 import conftest, jax, numpy as np, test_pipeline as t
 k = {k}
 c = t.config("gpt2", layers=6, batch_size=12 * k, schedule="1f1b", microbatches=6)
-one, cache = None, {{}}
 plain = t.dataclasses.replace(t.tiny.replace(c, train=dict(accumulate=6)), pipeline=t.PipelineConfig())
 t.check(lambda c: t.test_meshes.numbers(plain, t.tiny.layout()), c, 24 * k, pipeline=6, model=4, data=k)
 print("same numbers")

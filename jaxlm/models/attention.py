@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
         v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
         layout, model, T = self.layout, self.model, q_BTNH.shape[1]
-        row_len = T * layout.num_parts(layout.split("seq")) if layout.inside else T
+        row_len = layout.whole("seq", T)
         if model.position == "rope":
             turn = partial(rotate, theta=model.rope_theta, first=layout.first("seq", T), row_len=row_len)
             q_BTNH, k_BSKH = turn(q_BTNH), turn(k_BSKH)
@@ -63,6 +63,6 @@ class Attention(nnx.Module):
         if rate == 0:
             return None
         (rows, seq, heads), (B, T, N) = layout.axes(("batch", "seq", "heads")), shape_BTNH[:3]
-        parts = layout.num_parts(seq) if layout.inside else 1
+        parts = layout.whole("seq", 1)
         shape = (B, N // parts, T * parts, T * parts)
         return keep_mask(layout, key, shape, (rows, (*heads, *seq), (), ()), 1 - rate).astype("float32") / (1 - rate)

@@ -49,7 +49,7 @@ class Pieces:
     ) -> jax.Array:
         graph = _graph(lambda: Block(self.model, jax.random.key(0), self.layout))
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
-        mine = jnp.asarray(self.stages.layers())[:, jax.lax.axis_index("pipeline"), repeat]
+        mine = jnp.asarray(self.stages.layers())[:, jax.lax.axis_index(self.layout.split("stage")), repeat]
         for j in range(self.stages.num_slots):
             key = None if keys_M is None else jax.random.fold_in(keys_M[m], mine[j])
             y_BTD = block(slots[j], x_BTD, key)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxlm.config import MESH_AXES, Problem, UserError
-from jaxlm.parallel.rules import RULES, Layout
+from jaxlm.parallel.rules import RULES, Layout, Rule
 
 ACTIVATIONS = (  # dims that meet in one array, and so cannot share an axis
     ("batch", "residual", "embed"),
@@ -32,7 +32,8 @@ class Declared:
 
 def check_layout(layout: Layout, params: Mapping[str, Declared], *, max_replicated_frac: float) -> None:
     """Raises UserError with every problem of this table on this mesh for these parameters (by name)."""
-    problems = _rows(layout) + _unused(layout, {dim for p in params.values() for dim in p.dims})
+    problems = check_rules(layout) + _unused(layout, {dim for p in params.values() for dim in p.dims})
+    problems = problems or _twice(layout, params)
     if not problems:
         problems = _replicated(layout, params, max_replicated_frac)
     if problems:
@@ -41,15 +42,20 @@ def check_layout(layout: Layout, params: Mapping[str, Declared], *, max_replicat
         layout.check_divides(name, param.shape, param.dims)
 
 
-def _rows(layout: Layout) -> list[Problem]:
-    """Axes used twice, and rows that contradict one another."""
-    rules, problems = {rule.dim: rule for rule in layout.rules}, []
+def check_rules(layout: Layout) -> list[Problem]:
+    """Axes used twice, and rows that contradict one another; axes of degree 1 split nothing and are left out."""
+    written, problems = {rule.dim: rule for rule in layout.rules}, []
+    above = [axis for axis, degree in layout.mesh.shape.items() if degree > 1]
+    rules = {
+        dim: Rule(dim, *(tuple(a for a in column if a in above) for column in (rule.compute, rule.storage)))
+        for dim, rule in written.items()
+    }
 
     def need(holds: bool, dim: str, text: str, remedy: str) -> None:
         if not holds:
-            problems.append(Problem(f"mesh.rules: {rules[dim]}", text, remedy))
+            problems.append(Problem(f"mesh.rules: {written[dim]}", text, remedy))
 
-    for rule in layout.rules:
+    for rule in written.values():
         for column in (rule.compute, rule.storage):
             need(len(set(column)) == len(column), rule.dim, "uses a mesh axis twice", "name each axis once")
         need(
@@ -59,28 +65,41 @@ def _rows(layout: Layout) -> list[Problem]:
             "begin the second column with the first",
         )
     for dims in ACTIVATIONS:
-        used = {axis: [d for d in dims if axis in rules[d].compute] for axis in MESH_AXES}
+        used = {axis: [d for d in dims if axis in written[d].compute] for axis in MESH_AXES}
         for axis, meet in used.items():
             need(len(meet) < 2, meet[-1] if meet else dims[0], f"{axis} also splits {meet[:1]}", "use it once")
     residual = [axis for axis in rules["residual"].compute if axis not in rules["seq"].compute]
     seq = rules["seq"].compute
-    need(rules["residual"].compute[: len(seq)] == seq, "residual", f"must begin as {rules['seq']}", "add axes after it")
+    need(
+        rules["residual"].compute[: len(seq)] == seq, "residual", f"must begin as {written['seq']}", "add axes after it"
+    )
     for dim in ("heads", "mlp", "vocab"):
         text = f"residual is split over {'+'.join(residual)} as well, and {dim} is not"
         need(set(residual) <= set(rules[dim].compute), dim, text, "split both over it, or neither")
     need(
         rules["heads"].compute == rules["kv_heads"].compute,
         "kv_heads",
-        f"differs from {rules['heads']}",
+        f"differs from {written['heads']}",
         "keep both equal",
     )
-    for dim in ("embed", "head", "channel"):
+    for dim in ("embed", "head", "channel", "position"):
         need(not rules[dim].compute, dim, "products need it whole", "leave the first column empty")
     rows = {*rules["batch"].compute, *seq}
-    for rule in layout.rules:
+    for rule in rules.values():
+        text = "only embed and position rest split further than they compute: nothing gathers the others"
+        need(
+            rule.storage == rule.compute or rule.dim in ("embed", "position"), rule.dim, text, "make both columns equal"
+        )
         only_stored = set(rule.storage) - set(rule.compute)
         text = f"at rest it is split over {sorted(only_stored - rows)}, which splits neither batch nor seq"
         need(only_stored <= rows, rule.dim, text, "use axes that split batch or seq")
+        staged = "pipeline" in (*rule.compute, *rule.storage)
+        need(
+            not staged or rule.dim in ("stage", "vocab"),
+            rule.dim,
+            "stages work on different rows",
+            "leave pipeline out",
+        )
     text = "a lookup trades rows for channels, over axes that do not split batch"
     need(set(rules["embed"].storage) <= set(rules["batch"].compute), "embed", text, "use axes that split batch")
     return problems
@@ -88,7 +107,7 @@ def _rows(layout: Layout) -> list[Problem]:
 
 def _unused(layout: Layout, dims: set[str]) -> list[Problem]:
     """Axes that split nothing, and replaced rows whose dim this model does not have."""
-    dims = dims | {dim for names in ACTIVATIONS for dim in names}
+    dims = dims | {dim for names in ACTIVATIONS for dim in names} | {"stage"}
     used = {axis for rule in layout.rules if rule.dim in dims for axis in (*rule.compute, *rule.storage)}
     problems = [
         Problem(f"mesh.{axis}={degree}", "no row of the table uses it", "set it to 1, or give it a row in mesh.rules")
@@ -101,20 +120,32 @@ def _unused(layout: Layout, dims: set[str]) -> list[Problem]:
     return problems
 
 
+def _twice(layout: Layout, params: Mapping[str, Declared]) -> list[Problem]:
+    """Parameters two of whose dims use one axis."""
+    problems = []
+    for name, param in params.items():
+        try:
+            layout.axes(param.dims, at="optimizer")
+        except ValueError:
+            rows = ", ".join(str(rule) for rule in layout.rules if rule.dim in param.dims and rule.storage)
+            problems.append(
+                Problem(f"mesh.rules: {rows}", f"use a mesh axis twice in {name}", "use each axis in one row")
+            )
+    return problems[:3]
+
+
 def _replicated(layout: Layout, params: Mapping[str, Declared], most: float) -> list[Problem]:
-    """A problem if fsdp or model is above 1 and too many bytes lie whole on every device where they could be split."""
-    axes = [axis for axis in ("fsdp", "model") if layout.mesh.shape[axis] > 1]
-    whole = {
-        name: param.num_bytes
-        for name, param in params.items()
-        if layout.num_parts(a for dim in layout.axes(param.dims, at="optimizer") for a in dim if a in axes) == 1
-    }
-    frac = sum(whole.values()) / sum(param.num_bytes for param in params.values())
-    if not axes or frac <= most or sum(whole.values()) <= SMALL_BYTES:
-        return []
-    where = f"mesh.max_replicated_frac={most}"
-    text = f"{frac:.1%} of the parameters' bytes lie whole on every device of {'*'.join(axes)}: {_largest(whole)}"
-    return [Problem(where, text, "split them with a row in mesh.rules, or raise mesh.max_replicated_frac")]
+    """A problem for each of fsdp and model above 1 that leaves too many bytes whole on all its devices."""
+    problems, total = [], sum(param.num_bytes for param in params.values())
+    for axis in ("fsdp", "model"):
+        split = {name for name, p in params.items() if axis in sum(layout.axes(p.dims, at="optimizer"), ())}
+        whole = {name: param.num_bytes for name, param in params.items() if name not in split}
+        frac = sum(whole.values()) / total
+        if layout.mesh.shape[axis] > 1 and frac > most and sum(whole.values()) > SMALL_BYTES:
+            text = f"{frac:.1%} of the parameters' bytes lie whole on every device of {axis}: {_largest(whole)}"
+            remedy = "split them with a row in mesh.rules, or raise mesh.max_replicated_frac"
+            problems.append(Problem(f"mesh.max_replicated_frac={most}", text, remedy))
+    return problems
 
 
 def _largest(sizes: Mapping[str, int]) -> str:

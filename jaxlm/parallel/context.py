@@ -58,7 +58,9 @@ def choose_context(layout: Layout, model: ModelConfig, seq_len: int) -> Choice:
         if reason is None:
             return Choice(method, tuple(reasons))
         reasons.append(f"not {method}: {reason}")
-    remedy = "use a smaller mesh.context" if named == "auto" else "use mesh.context_method=auto"
+    remedy = (
+        "use a smaller mesh.context" if named == "auto" else "use mesh.context_method=auto, or a smaller mesh.context"
+    )
     raise UserError(Problem(f"mesh.context_method={named}", "; ".join(reasons), remedy))
 
 

@@ -10,12 +10,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.config import MESH_AXES, MeshConfig, Problem, UserError
+from jaxlm.parallel.check import check_rules
 from jaxlm.parallel.rules import Layout, with_rows
 
 
 def make_layout(mesh: MeshConfig, devices: Sequence[Any]) -> Layout:
-    """The mesh over `devices` with its table of rules. Raises UserError as `make_mesh` and `with_rows` do."""
-    return Layout(make_mesh(mesh, devices), with_rows(mesh.rules), mesh.zero, mesh.context_method)
+    """The mesh over `devices` with its table of rules. Raises UserError as `make_mesh`, `with_rows` and `check_rules` say."""
+    layout = Layout(make_mesh(mesh, devices), with_rows(mesh.rules), mesh.zero, mesh.context_method)
+    if problems := check_rules(layout):
+        raise UserError(*problems)
+    return layout
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:

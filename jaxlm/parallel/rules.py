@@ -62,11 +62,11 @@ def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rul
 
     Raises: UserError on a row that is not of this form, or whose dim or axis does not exist.
     """
-    table, problems = {rule.dim: rule for rule in rules}, []
+    table, problems, seen = {rule.dim: rule for rule in rules}, [], set()
     for row in rows:
         dim, _, columns = row.partition("=")
         compute, slash, storage = (part.strip() for part in columns.partition("/"))
-        new = Rule(dim.strip(), *(tuple(filter(None, part.split("+"))) for part in (compute, storage)))
+        new = Rule(dim.strip(), *(tuple(filter(None, map(str.strip, part.split("+")))) for part in (compute, storage)))
         unknown = [axis for axis in (*new.compute, *new.storage) if axis not in MESH_AXES]
         where = f"mesh.rules: {row}"
         if not slash:
@@ -78,8 +78,11 @@ def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rul
             problems.append(Problem(where, f"no dim is called {new.dim!r}", f"dims: {', '.join(near or table)}"))
         elif unknown:
             problems.append(Problem(where, f"no axis is called {unknown[0]!r}", f"axes: {', '.join(MESH_AXES)}"))
+        elif new.dim in seen:
+            problems.append(Problem(where, f"{new.dim} has a row before this one", "give one row for each dim"))
         else:
             table[new.dim] = new
+            seen.add(new.dim)
     if problems:
         raise UserError(*problems)
     return tuple(table.values())
@@ -145,6 +148,10 @@ class Layout:
         axes = self.split(dim)
         return jax.lax.axis_index(axes) * size if self.inside and axes else 0
 
+    def whole(self, dim: str, size: int) -> int:
+        """The size of the whole along `dim`, of which this code sees a share of `size`: that itself outside."""
+        return size * self.num_parts(self.split(dim)) if self.inside else size
+
     @property
     def residual_axes(self) -> tuple[str, ...]:
         """Mesh axes above 1 that split positions between branches and not inside them."""
@@ -180,3 +187,8 @@ class Layout:
                 text = f"dim {dim!r} of {name} has {size} entries"
                 key = "set model.vocab_multiple to" if dim == "vocab" else "use"
                 raise UserError(Problem(text, f"does not split over {over} = {parts}", f"{key} a multiple of {parts}"))
+
+
+def by_dims(function: Callable, dims: Any, *trees: Any) -> Any:
+    """`function` of the dims of each parameter, and of the leaves of `trees`: a tree like theirs."""
+    return jax.tree.map(function, dims, *trees, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 NAME = re.compile(r"^((?:.*\.)?layers)\.(\d+)\.(.*)$")
 
@@ -86,9 +86,15 @@ def by_slot(stages: Stages, named: Mapping[str, Any], like: Mapping[str, Any]) -
     return out
 
 
+def _axis(sharding: NamedSharding) -> str:
+    """The mesh axis that splits the stages of a leaf [P, R, ...]."""
+    first = sharding.spec[0]
+    return first if isinstance(first, str) else first[0]
+
+
 def _submesh(sharding: NamedSharding, stage: int) -> NamedSharding:
     """Where one stage keeps a layer of a leaf [P, R, ...] that rests by `sharding`."""
-    mesh, axis = sharding.mesh, sharding.mesh.axis_names.index("pipeline")
+    mesh, axis = sharding.mesh, sharding.mesh.axis_names.index(_axis(sharding))
     devices = np.expand_dims(np.take(np.asarray(mesh.devices), stage, axis), axis)
     submesh = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
     return NamedSharding(submesh, PartitionSpec(*sharding.spec[2:]), memory_kind=sharding.memory_kind)
@@ -99,8 +105,15 @@ def _layer_of(leaf: Any, stage: int, repeat: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype, sharding=sharding)
     mine = {shard.device: shard.data for shard in leaf.addressable_shards if shard.index[0].start in (stage, None)}
-    parts = [mine[device][0, repeat] for device in sharding.addressable_devices if device in mine]
+    # slices with indices the program knows: nothing is sent to the device for them
+    parts = [_at(_at(mine[device], 0), repeat) for device in sharding.addressable_devices if device in mine]
+    kind = sharding.memory_kind
+    parts = [jax.device_put(part, SingleDeviceSharding(next(iter(part.devices())), memory_kind=kind)) for part in parts]
     return jax.make_array_from_single_device_arrays(leaf.shape[2:], sharding, parts, dtype=leaf.dtype)
+
+
+def _at(x: jax.Array, index: int) -> jax.Array:
+    return jax.lax.index_in_dim(x, index, 0, keepdims=False)
 
 
 def _slot_of(leaves: Mapping[tuple[int, int], jax.Array], want: jax.ShapeDtypeStruct) -> jax.Array:
@@ -113,8 +126,8 @@ def _slot_of(leaves: Mapping[tuple[int, int], jax.Array], want: jax.ShapeDtypeSt
         shape = want.sharding.shard_shape(want.shape)[2:]
         with jax.default_device(device):
             rows = [shards[stage, r][device] if (stage, r) in shards else np.zeros(shape, want.dtype) for r in range(R)]
-            stacked = jax.numpy.stack([jax.device_put(row, device) for row in rows])[None]
-        parts.append(
-            jax.device_put(stacked, jax.sharding.SingleDeviceSharding(device, memory_kind=want.sharding.memory_kind))
-        )
+            stacked = jax.numpy.stack(
+                [jax.device_put(row, SingleDeviceSharding(device, memory_kind="device")) for row in rows]
+            )[None]
+        parts.append(jax.device_put(stacked, SingleDeviceSharding(device, memory_kind=want.sharding.memory_kind)))
     return jax.make_array_from_single_device_arrays(want.shape, want.sharding, parts)

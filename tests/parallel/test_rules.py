@@ -10,7 +10,7 @@ from jaxlm.step import make_program
 
 
 def test_a_replaced_row_changes_that_row_alone():
-    rules = with_rows(["embed=/data+fsdp", "position = / fsdp"])
+    rules = with_rows(["embed=/ data + fsdp", "position = / fsdp"])
     assert Rule("embed", (), ("data", "fsdp")) in rules and Rule("position", (), ("fsdp",)) in rules
     assert [r for r in rules if r.dim not in ("embed", "position")] == [
         r for r in RULES if r.dim not in ("embed", "position")
@@ -42,14 +42,20 @@ def test_a_row_that_can_not_be_read_is_refused_with_what_is_known(row, message):
         ("gpt2", dict(rules=("mlp=/",)), "residual is split over model as well, and mlp is not"),
         ("gpt2", dict(rules=("kv_heads=/",)), "differs from heads=model/model"),
         ("gpt2", dict(rules=("embed=context/context",)), "products need it whole"),
-        ("gpt2", dict(rules=("head=/pipeline",)), "splits neither batch nor seq"),
+        ("gpt2", dict(rules=("position=/model",)), "splits neither batch nor seq"),
         ("gpt2", dict(rules=("embed=/context",)), "axes that do not split batch"),
         ("bloom", dict(rules=("position=/fsdp",)), "this model has no dim position"),
+        ("gpt2", dict(rules=("position=/fsdp",)), "use a mesh axis twice in embed.positions"),
+        ("gpt2", dict(rules=("position=model/model",)), "products need it whole"),
+        ("gpt2", dict(rules=("mlp=model/model+fsdp",)), "only embed and position rest split further"),
+        ("gpt2", dict(rules=("vocab=model/model+data",), data=2, fsdp=1), "only embed and position rest split further"),
+        ("gpt2", dict(rules=("batch=data+fsdp+pipeline/data+fsdp+pipeline",), fsdp=1, pipeline=2), "different rows"),
+        ("gpt2", dict(rules=("embed=/", "embed=/fsdp")), "embed has a row before this one"),
     ],
 )  # fmt: skip
 def test_a_table_that_would_compute_something_else_is_refused(family, mesh, message):
     with pytest.raises(UserError) as e:
-        make_program(tiny.config(family), tiny.layout(8, data=1, fsdp=2, context=2, model=2, **mesh))
+        make_program(tiny.config(family), tiny.layout(8, **({"data": 1, "fsdp": 2, "context": 2, "model": 2} | mesh)))
     assert message in str(e.value)
 
 
@@ -61,5 +67,7 @@ def test_large_parameters_left_whole_on_every_device_are_an_error_that_names_the
     assert "31.7% of the parameters' bytes lie whole on every device of model: embed.tokens, embed.positions" in str(
         e.value
     )
+    with pytest.raises(UserError, match="whole on every device of fsdp"):  # model splits them, fsdp nothing
+        make_program(config, tiny.layout(8, data=1, fsdp=4, model=2, rules=("embed=/",)))
     tiny_config = tiny.config("gpt2", vocab_size=512)  # the same share of a model of kilobytes hurts nobody
     make_program(tiny_config, tiny.layout(8, data=4, model=2, rules=("vocab=/", "residual=context/context")))
