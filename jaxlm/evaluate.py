@@ -21,8 +21,8 @@ from jaxlm.session import (
     load_config,
     make_loader,
     open_corpus,
-    open_program,
     open_tokenizer,
+    open_tool_program,
     restore_params,
     whole,
     with_vocabulary,
@@ -53,7 +53,7 @@ def evaluate(
             prefixes = (made.prefix,)
         ranges: tuple[TokenRange, ...] = tuple(whole(IndexedDataset(prefix)) for prefix in prefixes)
         loader = make_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer, shuffle=False)
-        program = open_program(config)
+        program = open_tool_program(config, plain=False)
         restored = restore_params(program, workdir, step)
         steps = tqdm(
             range(loader.num_batches or 0), desc="evaluating", unit="batch", disable=None

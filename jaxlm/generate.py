@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.session import load_config, open_plain_program, open_tokenizer, restore_params, with_vocabulary
+from jaxlm.session import load_config, open_tokenizer, open_tool_program, restore_params, with_vocabulary
 from jaxlm.settings import Parser, run_main
 from jaxlm.step import Program
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(Problem(flag, f"must be at least {low}", f"use {low} or more"))
     config = load_config(args.workdir)
     tokenizer = open_tokenizer(config, args.workdir)
-    program = open_plain_program(with_vocabulary(config, tokenizer))
+    program = open_tool_program(with_vocabulary(config, tokenizer), plain=True)
     params = restore_params(program, args.workdir, args.step).state
     sampling = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
     print(write_sample(program, params, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **sampling))

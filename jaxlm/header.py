@@ -77,4 +77,10 @@ def layout_text(program: Program, found: list[Collective]) -> str:
         for (path, leaf), leaf_dims in zip(jax.tree.leaves_with_path(state.params), dims, strict=True)
     ]
     table = parameter_table(parameters, layout, optimizer_bytes=bytes_a_device(state.opt_state))
-    return (f"{collectives_table(found)}\n\n" if layout.mesh.size > 1 else "") + table + "\n"
+    notes = ["its moments rest in the host's memory"] if program.config.optim.offload else []
+    if program.pipe is not None:
+        notes.append("layers.N is slot N of every stage: [stages, repeats, ...]; " + str(program.pipe))
+        if not program.pipe.stages.is_even:
+            notes.append("shorter stages keep empty slots, counted above")
+    sent = f"{collectives_table(found)}\n\n" if layout.mesh.size > 1 else ""
+    return sent + "\n".join((table, *notes)) + "\n"

@@ -43,7 +43,8 @@ class Pipeline:
         layers = f"{counts[0]}" if self.stages.is_even else ",".join(map(str, counts))
         repeats = f", {plan.repeats} repeats" if plan.repeats > 1 else ""
         stages = f"{plan.stages} stages{repeats} of {layers} layers"
-        return f"{plan.name}, {stages}, {plan.microbatches} microbatches: bubble {plan.bubble_frac:.1%}"
+        work = sum(counts) / (len(counts) * max(counts)) * (1 - plan.bubble_frac)
+        return f"{plan.name}, {stages}, {plan.microbatches} microbatches: {1 - work:.1%} of a step idle"
 
 
 def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
@@ -71,7 +72,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     rows, shards = train.batch_size // train.accumulate, num_row_shards
     asked = f"pipeline.microbatches={M}"
     over = f"train.batch_size / train.accumulate = {rows} rows"
-    need(rows % (M * shards) == 0, asked, f"does not split {over} over {shards} devices' rows",
+    need(rows % (M * shards) == 0, asked, f"does not split {over}, split over {shards} devices already",
          f"use rows that are a multiple of {M * shards}, or other microbatches")  # fmt: skip
     need(M >= P, asked, f"leaves some of mesh.pipeline={P} stages without work", f"use {P} or more")
     need(

@@ -7,21 +7,20 @@ summary.json.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.config import Config, PipelineConfig, Problem, UserError, get, ignored
+from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get, ignored
 from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
@@ -98,14 +97,14 @@ def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Token
     )
 
 
-def open_mesh(config: Config) -> Layout:
-    """The layout of `config` over all devices, before any data is read.
+def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
+    """The layout of `config` over `devices` (None: all), before any data is read.
 
     Raises: UserError if a GPU is there that jax can't use, or mesh, batch, attention kernel or way of
       splitting rows do not fit the devices.
     """
     check_accelerator()
-    layout = make_layout(config.mesh, jax.devices())
+    layout = make_layout(config.mesh, devices or jax.devices())
     actual = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **layout.mesh.shape))
     chosen = [key for key, (_, default) in SCHEMA.items() if get(config, key) != default.default]
     if problems := [
@@ -129,24 +128,28 @@ def open_mesh(config: Config) -> Layout:
     return layout
 
 
-def open_program(config: Config) -> Program:
-    """The program of `config`, its vocabulary known, over all devices. Raises as `open_mesh` and `make_program` do."""
-    return make_program(config, open_mesh(config))
+def open_program(config: Config, devices: Sequence[Any] | None = None) -> Program:
+    """The program of `config`, its vocabulary known, over `devices` (None: all). Raises as `open_mesh` and `make_program`."""
+    return make_program(config, open_mesh(config, devices))
 
 
-def open_plain_program(config: Config) -> Program:
-    """The program of `config` without a pipeline, for tools that run the model as it is written, on rows of their own.
+def open_tool_program(config: Config, *, plain: bool) -> Program:
+    """A program of a run's model for a tool, on whatever devices there are.
 
-    The stages' devices share the parameters by fsdp, or repeat them where the model width does not split so far.
+    The run's own mesh where it fits them; else, or where `plain` asks for no pipeline and the run has one, the parameters
+    are split by fsdp over as many devices as rows and model width split over.
     """
-    degrees = dict(make_mesh(config.mesh, jax.devices()).shape)
-    if (stages := degrees.pop("pipeline")) == 1:
-        return open_program(config)
-    takes = "fsdp" if config.model.embed_dim % (degrees["fsdp"] * stages) == 0 else "data"
-    degrees[takes] *= stages
-    mesh = dataclasses.replace(config.mesh, pipeline=1, **degrees)
-    train = dataclasses.replace(config.train, batch_size=math.prod(degrees.values()), accumulate=1)
-    return open_program(dataclasses.replace(config, mesh=mesh, train=train, pipeline=PipelineConfig()))
+    staged = plain and config.mesh.pipeline != 1
+    try:
+        make_mesh(config.mesh, jax.devices())
+        if not staged:
+            return open_program(config)
+    except UserError:  # another number of devices than the run had
+        pass
+    rows, width = config.train.batch_size // config.train.accumulate, config.model.embed_dim
+    count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
+    return open_program(config, jax.devices()[:count])
 
 
 def attention_facts(program: Program) -> dict[str, str]:

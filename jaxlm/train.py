@@ -42,8 +42,8 @@ from jaxlm.session import (
     make_loader,
     open_corpus,
     open_mesh,
-    open_plain_program,
     open_program,
+    open_tool_program,
     preflight,
     restore_params,
     with_vocabulary,
@@ -353,7 +353,7 @@ def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path
     """What the model writes after log.sample_prompt."""
     log, params = program.config.log, state.params
     if program.pipe is not None:  # the model as it is written needs its layers side by side
-        program = open_plain_program(program.config)
+        program = open_tool_program(program.config, plain=True)
         params = restore_params(program, workdir, None).state
     return write_sample(
         program, params, corpus.tokenizer, log.sample_prompt, max_new_tokens=log.sample_tokens,

@@ -189,7 +189,7 @@ def test_no_device_holds_another_stages_layers():
 @pytest.mark.parametrize(
     ("pipeline", "mesh", "message"),
     [
-        (dict(microbatches=3), {}, "does not split train.batch_size / train.accumulate = 16 rows over 1 devices' rows"),
+        (dict(microbatches=3), {}, "does not split train.batch_size / train.accumulate = 16 rows"),
         (dict(microbatches=2), dict(pipeline=4), "leaves some of mesh.pipeline=4 stages without work"),
         (dict(microbatches=16, repeats=2, layers=6, model=dict(vocab_multiple=48)), dict(pipeline=3), "in groups"),
         (dict(microbatches=4, repeats=2), dict(pipeline=4), "is more than model.num_layers=4"),

@@ -118,6 +118,12 @@ def test_a_pipeline_saves_stops_resumes_samples_and_goes_on_without_one(folder, 
     assert train.main(command(folder, "plain", *more, *plain, "--config.train.num_steps=8")) == 0
     losses = [[r["loss"] for r in read_metrics(folder / name) if "loss" in r] for name in ("staged", "plain")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # dropout and all: masks do not depend on the mesh
+    # tools run on whatever devices there are: three, for a run of eight
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_backend_optimization_level=0"}
+    args = [sys.executable, "-m", "jaxlm.evaluate", "--workdir", str(folder / "staged"), "--json"]
+    found = json.loads(subprocess.run(args, env=env, capture_output=True, check=True, text=True).stdout)
+    evaluated = [r["eval_loss"] for r in read_metrics(folder / "staged") if "eval_loss" in r]
+    assert found["eval_loss"] == pytest.approx(evaluated[-1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def _split(p: Parameter, layout: Layout, *, at: At) -> list[tuple[str, ...]]:
 def _layout_text(p: Parameter, layout: Layout, *, at: At) -> str:
     """Example: [1024@model, 768] computing, f32[1024@model, 768@fsdp] at rest; the model casts as it computes."""
     dims = zip(p.shape, _split(p, layout, at=at), strict=True)
-    parts = [f"{size}@{','.join(axes)}" if axes else str(size) for size, axes in dims]
+    parts = [f"{size}@{'+'.join(axes)}" if axes else str(size) for size, axes in dims]
     return f"{_short(p.dtype) if at != 'compute' else ''}[{', '.join(parts)}]"
 
 

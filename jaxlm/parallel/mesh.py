@@ -40,5 +40,7 @@ def mesh_shape(mesh: MeshConfig, *, num_devices: int) -> dict[str, int]:
     if rest or left == 0 or (left != 1 and not free):
         product = " * ".join(f"{axis}={degrees[axis]}" for axis in MESH_AXES if degrees[axis] not in (1, -1)) or "1"
         remedy = f"choose degrees whose product {'divides' if free else 'is'} {num_devices}, or set one axis to -1"
+        if num_devices == 1:
+            remedy += "; meshes can be tried on a CPU with XLA_FLAGS=--xla_force_host_platform_device_count=8"
         raise UserError(Problem(f"mesh: {product}", f"does not fill {num_devices} devices", remedy))
     return {axis: left if degrees[axis] == -1 else degrees[axis] for axis in MESH_AXES}

@@ -54,6 +54,13 @@ RULES = (
 )  # fmt: skip
 
 
+KEYS = {  # the setting that decides a dim's size
+    "embed": "model.embed_dim", "vocab": "model.vocab_multiple", "position": "model.max_seq_len", "mlp": "model.mlp_dim",
+    "heads": "model.num_heads", "kv_heads": "model.num_kv_heads", "head": "model.head_dim", "channel": "model.embed_dim",
+    "residual": "train.seq_len", "seq": "train.seq_len", "batch": "train.batch_size",
+}  # fmt: skip
+
+
 def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rule, ...]:
     """`rules` with rows replaced by those given as `dim=axes/axes` (computing/at rest), axes joined by +.
 
@@ -75,7 +82,13 @@ def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rul
             )
         elif new.dim not in table:
             near = difflib.get_close_matches(new.dim, table, 1)
-            problems.append(Problem(where, f"no dim is called {new.dim!r}", f"dims: {', '.join(near or table)}"))
+            problems.append(
+                Problem(
+                    where,
+                    f"no dim is called {new.dim!r}",
+                    f"did you mean {near[0]}?" if near else f"dims: {', '.join(table)}",
+                )
+            )
         elif unknown:
             problems.append(Problem(where, f"no axis is called {unknown[0]!r}", f"axes: {', '.join(MESH_AXES)}"))
         elif new.dim in seen:
@@ -185,8 +198,8 @@ class Layout:
             if size % parts:
                 over = "*".join(f"mesh.{axis}" for axis in axes)
                 text = f"dim {dim!r} of {name} has {size} entries"
-                key = "set model.vocab_multiple to" if dim == "vocab" else "use"
-                raise UserError(Problem(text, f"does not split over {over} = {parts}", f"{key} a multiple of {parts}"))
+                remedy = f"set {KEYS[dim]} to a multiple of {parts}, or lower {over}"
+                raise UserError(Problem(text, f"does not split over {over} = {parts}", remedy))
 
 
 def by_dims(function: Callable, dims: Any, *trees: Any) -> Any:

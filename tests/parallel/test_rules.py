@@ -21,7 +21,7 @@ def test_a_replaced_row_changes_that_row_alone():
     ("row", "message"),
     [
         ("embed=fsdp", "is not dim=axes/axes"),
-        ("embd=/fsdp", "no dim is called 'embd'\n  dims: embed"),
+        ("embd=/fsdp", "no dim is called 'embd'\n  did you mean embed?"),
         ("embed=/fdsp", "no axis is called 'fdsp'"),
     ],
 )
