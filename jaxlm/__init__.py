@@ -9,7 +9,7 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   step.py                                       one update: model x loss x optimizer x mesh
   models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
   parallel/                                     mesh, sharding table, attention over a mesh
-  settings.py config.py                         from files and flags to frozen dataclasses
+  settings.py checks.py config.py               from files and flags to frozen dataclasses
 """
 
 __version__ = "0.1.0"

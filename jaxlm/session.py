@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get, ignored
+from jaxlm.checks import ignored
+from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader

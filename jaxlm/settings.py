@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from jaxlm.config import Config, Problem, UserError, check, derived, get, ignored
+from jaxlm.checks import check, ignored
+from jaxlm.config import Config, Problem, UserError, derived, get
 
 PREFIX = "--config."
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

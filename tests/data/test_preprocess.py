@@ -55,7 +55,7 @@ def test_every_kind_of_json_lines_gives_its_documents_in_order(tmp_path: Path, e
 def test_a_plain_file_is_one_document_and_files_keep_their_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"one\r\ntwo")
     (tmp_path / "a.py").write_bytes("print('é')\n".encode())
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"zipped", mtime=0))
     (tmp_path / "empty.txt").write_bytes(b"")
     files = [tmp_path / name for name in ("b.txt", "a.py", "empty.txt", "c.txt.gz")]
     assert preprocess(tmp_path, "--append-eod", "--input", *files) == 0
@@ -158,7 +158,11 @@ def test_existing_sets_are_replaced_only_on_demand(tmp_path: Path, capsys: pytes
     ("name", "content", "expected"),
     [
         ("latin.txt", b"caf\xe9", "latin.txt, byte 3\n  is not UTF-8"),
-        ("short.jsonl.gz", gzip.compress(jsonl(["x" * 99]))[:-9], "is damaged: the compressed stream is cut short"),
+        (
+            "short.jsonl.gz",
+            gzip.compress(jsonl(["x" * 99]), mtime=0)[:-9],
+            "is damaged: the compressed stream is cut short",
+        ),
         (
             "short.jsonl.zst",
             zstandard.compress(jsonl(["x" * 99]))[:-3],

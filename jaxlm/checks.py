@@ -1,0 +1,194 @@
+"""The rules of a config that span or bound its settings: all problems at once, before a device is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jaxlm.config import REMAT_NAMES, Config, Problem, get, remat_actions
+
+# (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
+APPLIES = (
+    ("mesh.zero", lambda c: c.mesh.fsdp != 1 or c.mesh.rules, "mesh.fsdp above 1"),
+    *(
+        (f"pipeline.{key}", lambda c: c.mesh.pipeline != 1, "mesh.pipeline above 1")
+        for key in ("schedule", "microbatches", "repeats", "stage_layers")
+    ),
+    ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
+    ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
+    ("mesh.context_method", lambda c: c.mesh.context != 1, "mesh.context other than 1"),
+    ("optim.final_lr_frac", lambda c: c.optim.schedule in ("cosine", "linear", "wsd"), "a schedule that decays to it"),
+    ("optim.decay_steps", lambda c: c.optim.schedule == "wsd", "optim.schedule=wsd"),
+    ("optim.beta1", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
+    ("optim.beta2", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
+    ("optim.eps", lambda c: c.optim.name in ("adamw", "muon"), "optim.name=adamw or muon"),
+    ("optim.decay_roles", lambda c: c.optim.weight_decay > 0, "optim.weight_decay above 0"),
+    ("data.text_key", lambda c: bool(c.data.path), "data.path"),
+    ("data.split", lambda c: not c.data.eval, "no data.eval"),
+    ("log.sample_prompt", lambda c: c.log.sample_tokens > 0, "log.sample_tokens above 0"),
+)
+
+# key -> smallest value allowed
+AT_LEAST = {
+    "model.vocab_size": 0, "model.vocab_multiple": 1, "model.num_layers": 1, "model.embed_dim": 1, "model.num_heads": 1,
+    "model.num_kv_heads": 1, "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.init_std": 0,
+    "model.norm_eps": 0, "train.num_steps": 1, "train.batch_size": 1, "train.seq_len": 1, "train.accumulate": 1,
+    "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 1,
+    "train.max_nonfinite_steps": 1, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
+    "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
+    "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
+}  # fmt: skip
+
+# key -> (above, below): above < value < below
+BETWEEN = {"optim.peak_lr": (0, float("inf")), "model.rope_theta": (1, float("inf")), "train.seed": (-1, 2**63)}
+
+# key -> (low, high, high is allowed)
+WITHIN = {
+    "model.dropout": (0, 1, False), "optim.beta1": (0, 1, False), "optim.beta2": (0, 1, False),
+    "optim.final_lr_frac": (0, 1, True), "mesh.max_replicated_frac": (0, 1, True), "mesh.zero": (1, 3, True),
+}  # fmt: skip
+
+
+def ignored(config: Config, chosen: Iterable[str]) -> list[Problem]:
+    """A problem for each of `chosen` (keys someone set to another value than the default) that `config` would not use."""
+    rows = ((path, need) for path, counts, need in APPLIES if path in chosen and not counts(config))
+    text = "would be ignored: it needs {}"
+    return [Problem(f"{path}={get(config, path)}", text.format(need), "remove it, or set that") for path, need in rows]
+
+
+def check(config: Config) -> list[Problem]:
+    """Every rule that spans or bounds settings, on a `derived` config: 0 only where the tokenizer decides (vocab_size)."""
+    problems = []
+
+    def rule(holds: bool, path: str, text: str, remedy: str) -> None:
+        if not holds:
+            problems.append(Problem(f"{path}={get(config, path)}", text, remedy))
+
+    for path, low in AT_LEAST.items():
+        value = get(config, path)
+        rule(value >= low, path, f"must be at least {low}", f"use {low} or more")
+    for path, (above, below) in BETWEEN.items():
+        rule(above < get(config, path) < below, path, f"must lie between {above} and {below}", "choose a value inside")
+    for path, (low, high, closed) in WITHIN.items():
+        value = get(config, path)
+        bracket = "]" if closed else ")"
+        holds = low <= value < high or (closed and value == high)
+        rule(holds, path, f"must lie in [{low}, {high}{bracket}", "choose a value inside")
+    divisors = ("model.embed_dim=", "model.num_heads=", "model.num_kv_heads=", "train.accumulate=")
+    if any(problem.where.startswith(divisors) for problem in problems):
+        return problems  # the rules below divide by these
+    _check_model(config, rule)
+    _check_mesh(config, rule)
+    _check_run(config, rule)
+    return problems
+
+
+def _check_model(config: Config, rule: Any) -> None:
+    m = config.model
+    if m.head_dim == m.embed_dim // m.num_heads:
+        near = [n for n in range(1, m.embed_dim + 1) if m.embed_dim % n == 0]
+        near = sorted(near, key=lambda n: abs(n - m.num_heads))[:3]
+        rule(
+            m.embed_dim % m.num_heads == 0,
+            "model.num_heads",
+            f"does not divide model.embed_dim={m.embed_dim}",
+            f"use {', '.join(map(str, sorted(near)))}, or set model.head_dim",
+        )
+    rule(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        f"does not divide model.num_heads={m.num_heads}",
+        f"use one of {[n for n in range(1, m.num_heads + 1) if m.num_heads % n == 0]}",
+    )
+    rule(
+        m.position != "rope" or m.head_dim % 2 == 0,
+        "model.head_dim",
+        "rotary positions turn pairs of channels: the head width must be even",
+        "use an even model.head_dim",
+    )
+    try:
+        unknown = sorted(set(remat_actions(m.remat)) - set(REMAT_NAMES))
+        rule(not unknown, "model.remat", f"no tensor is named {', '.join(unknown)}", f"names: {', '.join(REMAT_NAMES)}")
+        rule(
+            "mlp_gate" not in remat_actions(m.remat) or m.activation == "swiglu",
+            "model.remat",
+            "mlp_gate exists only with model.activation=swiglu",
+            "leave mlp_gate out",
+        )
+    except ValueError as e:
+        rule(False, "model.remat", str(e), f"use none, full, or a list over {', '.join(REMAT_NAMES)}")
+
+
+def _check_mesh(config: Config, rule: Any) -> None:
+    degrees = config.mesh.degrees
+    for axis, degree in degrees.items():
+        rule(degree == -1 or degree >= 1, f"mesh.{axis}", "a degree is 1 or more, or -1 for what is left", "use 1")
+    free = [axis for axis, degree in degrees.items() if degree == -1]
+    rule(len(free) <= 1, f"mesh.{free[-1] if free else 'data'}", "only one axis can take what is left", "give a number")
+    schedule, repeats = config.pipeline.schedule, config.pipeline.repeats
+    rule(
+        repeats > 1 if schedule == "circular" else repeats == 1 or schedule == "1f1b",
+        "pipeline.repeats",
+        f"does not fit pipeline.schedule={schedule}",
+        "circular repeats 2 times or more, gpipe once, 1f1b as often as you like",
+    )
+    rule(
+        config.mesh.pipeline == 1 or config.optim.name != "adafactor",
+        "optim.name",
+        "factors each layer's second moments, which a pipeline keeps stacked by stage",
+        "use adamw, lion or muon, or set mesh.pipeline=1",
+    )
+    rule(
+        config.mesh.pipeline == 1 or "=offload" not in config.model.remat,
+        "model.remat",
+        "a pipeline keeps what its forwards made on the device",
+        "use name=keep, or set mesh.pipeline=1",
+    )
+
+
+def _check_run(config: Config, rule: Any) -> None:
+    m, t, o, d = config.model, config.train, config.optim, config.data
+    rule(
+        t.seq_len <= m.max_seq_len,
+        "train.seq_len",
+        f"is longer than model.max_seq_len={m.max_seq_len}",
+        f"use {m.max_seq_len} or less, or raise model.max_seq_len",
+    )
+    rule(
+        t.batch_size % t.accumulate == 0,
+        "train.batch_size",
+        f"does not split into train.accumulate={t.accumulate} microbatches",
+        f"use a multiple of {t.accumulate}",
+    )
+    rule(
+        o.warmup_steps < t.num_steps or o.warmup_steps == 0,
+        "optim.warmup_steps",
+        f"leaves no step of train.num_steps={t.num_steps} at the peak",
+        f"use {max(t.num_steps // 10, 0)}",
+    )
+    rule(
+        o.schedule != "inverse_sqrt" or o.warmup_steps > 0,
+        "optim.warmup_steps",
+        "is the time scale of inverse_sqrt and must be above 0",
+        "use for example 1000",
+    )
+    rule(
+        o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= t.num_steps,
+        "optim.decay_steps",
+        f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
+        f"use at most {t.num_steps - o.warmup_steps}",
+    )
+    unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
+    rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")
+    rule(
+        bool(d.path) != bool(d.train),
+        "data.path",
+        "exactly one of data.path (text) and data.train (tokenized sets) names the training data",
+        "set --config.data.path=FILE.txt, or --config.data.train=PREFIX",
+    )
+    rule(
+        2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0,
+        "data.split",
+        "must be two or three shares, the first above 0: training, evaluation, kept apart",
+        "use for example 0.95,0.05",
+    )
