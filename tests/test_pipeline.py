@@ -225,6 +225,7 @@ def test_the_parity_check_sees_a_broken_pipeline(one_device, monkeypatch, mutati
         check(one_device, c, 8, pipeline=4, data=2)
 
 
+@pytest.mark.nightly
 def test_bfloat16_over_a_pipeline_differs_by_its_own_rounding_alone(one_device):
     """As test_meshes.check_bfloat16 has it: within twice what bfloat16 differs from float32 on one device."""
     exact, c = (config("gpt2", schedule="1f1b", microbatches=4, model=dict(dtype=t)) for t in ("float32", "bfloat16"))
