@@ -140,17 +140,21 @@ def open_tool_program(config: Config, *, plain: bool) -> Program:
     The run's own mesh where it fits them; else, or where `plain` asks for no pipeline and the run has one, the parameters
     are split by fsdp over as many devices as rows and model width split over.
     """
-    staged = plain and config.mesh.pipeline != 1
-    try:
-        make_mesh(config.mesh, jax.devices())
-        if not staged:
-            return open_program(config)
-    except UserError:  # another number of devices than the run had
-        pass
+    if not (plain and config.mesh.pipeline != 1) and _fits(config.mesh):
+        return open_program(config)
     rows, width = config.train.batch_size // config.train.accumulate, config.model.embed_dim
     count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
     return open_program(config, jax.devices()[:count])
+
+
+def _fits(mesh: MeshConfig) -> bool:
+    """Whether the degrees fill the devices there are."""
+    try:
+        make_mesh(mesh, jax.devices())
+    except UserError:
+        return False
+    return True
 
 
 def attention_facts(program: Program) -> dict[str, str]:

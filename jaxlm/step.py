@@ -305,7 +305,7 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
 
 
 def put_batch(program: Program, batch: Batch) -> Batch:
-    """The batch on its devices, rows split over data and fsdp."""
+    """The batch on its devices, rows and positions split as the table has it."""
     sharding = batch_sharding(program)
     return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
 

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jaxlm.parallel.hlo import KINDS, Collective
-from jaxlm.parallel.hlo import collectives as collectives  # the first half of collectives_table(collectives(..))
 from jaxlm.parallel.rules import At, Layout
 
 
