@@ -197,12 +197,11 @@ REMAT_NAMES = {
     "key": "keys, after rotary positions",
     "value": "values",
     "attn_context": "attention's output before its projection, with its log-normaliser: no forward kernel runs again",
-    "attn_out": "attention's branch, added to the residual",
+    "attn_residual": "the residual with attention's branch added",
     "mlp_norm": "normalised input of the MLP",
-    "mlp_up": "MLP before its activation",
-    "mlp_gate": "gate of a SwiGLU before its activation",
+    "mlp_up": "MLP before its bias and activation",
+    "mlp_gate": "gate of a SwiGLU before its bias and activation",
     "mlp_act": "MLP after its activation",
-    "mlp_out": "the MLP's branch, added to the residual",
 }
 
 

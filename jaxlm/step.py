@@ -27,6 +27,7 @@ from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.rules import Layout, by_dims
+from jaxlm.parallel.working import gradients, working_copies
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
 BATCH_DIMS = ("batch", "seq")
@@ -215,6 +216,7 @@ def mean_loss_and_grads(
     that ragged masks and accumulation are exact.
     """
     key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
+    params = working_copies(params, program.dims, program.config.model.dtype)
 
     def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
         return _loss_and_grads(program, params, rows, key, m)
@@ -253,7 +255,7 @@ def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array,
         return _sums(program, params, batch, key if drops else None)
 
     (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return nats, by_dims(lambda dims, g: program.layout.constrain(g, dims, at="grads"), program.dims, grads)
+    return nats, by_dims(lambda d, g: program.layout.constrain(g, d, at="grads"), program.dims, gradients(grads))
 
 
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -272,6 +274,7 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, counted tokens) of one batch, a microbatch at a time, without dropout or z-loss."""
+    params = working_copies(params, program.dims, program.config.model.dtype)
 
     def nats_of(rows: Batch, m: Any) -> jax.Array:
         if program.pipe is not None:

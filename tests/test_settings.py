@@ -47,7 +47,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
         model__preset="gpt2-125m",
         model__num_heads="7",
         train__accumulate="3",
-        model__remat="attn_outt=keep",
+        model__remat="attn_residul=keep",
         mesh__pipeline="0",
     )
     assert "model.num_heads" in found["model.num_headz=3"].remedy
@@ -57,7 +57,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
     assert "gpt2-124m" in found["model.preset=gpt2-125m"].remedy
     assert "6, 8" in found["model.num_heads=7"].remedy
     assert "train.batch_size=8" in found
-    assert "attn_out" in found["model.remat=attn_outt=keep"].remedy
+    assert "attn_residual" in found["model.remat=attn_residul=keep"].remedy
     assert "mesh.pipeline=0" in found
     assert all(str(p).count("\n") == 2 for p in found.values())
 

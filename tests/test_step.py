@@ -96,7 +96,7 @@ def test_the_mean_is_over_counted_tokens_not_over_rows(reference):
     assert abs(pair[0] / want - 1) < REORDERED
 
 
-@pytest.mark.parametrize("remat", ["full", "attn_context=keep,mlp_act=keep", "query=keep,mlp_out=offload"])
+@pytest.mark.parametrize("remat", ["full", "attn_context=keep,mlp_act=keep", "query=keep,mlp_up=offload"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_and_scan_change_no_number(reference, remat, scan_layers):
     c, batch, want = reference
@@ -131,7 +131,7 @@ def test_remat_by_name_keeps_exactly_the_named_tensors():
     none, full = compiled("none"), compiled("full")
     assert full[0] > none[0] and full[1] > none[1]  # GELU's tanh and the matmuls are computed again
     everything = ",".join(f"{name}=keep" for name in REMAT_NAMES if name != "mlp_gate")
-    matmuls = ",".join(f"{name}=keep" for name in ("query", "key", "value", "attn_context", "attn_out", "mlp_up"))
+    matmuls = ",".join(f"{name}=keep" for name in ("query", "key", "value", "attn_context", "attn_residual", "mlp_up"))
     # attention's two inner products have no name: some versions of XLA share them with the forward's, some do not
     assert none[1] <= compiled(everything)[1] <= compiled(matmuls)[1] <= none[1] + 2 < full[1]
     assert compiled("mlp_up=keep")[1] == full[1] - 1

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +31,10 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
         y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw)
-        x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout), "attn_out")
+        x_BTD = x_BTD + dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout)
+        x_BTD = checkpoint_name(x_BTD, "attn_residual")
         y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
-        return x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=km, layout=self.layout), "mlp_out")
+        return x_BTD + dropout(y_BTD, rate=self.rate, key=km, layout=self.layout)
 
 
 class GPT(nnx.Module):
@@ -57,7 +57,7 @@ class GPT(nnx.Module):
         graph = nnx.split(self.layers[0])[0]
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
-        run = partial(_scan, self.model.dtype) if self.model.scan_layers else _unroll
+        run = _scan if self.model.scan_layers else _unroll
         return self.final_norm(run(block, layers, x_BTD, key))
 
     @property
@@ -88,19 +88,20 @@ def _unroll(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | No
     return x_BTD
 
 
-def _scan(dtype: str, block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+def _scan(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
         params, i = layer
         return block(params, x_BTD, None if key is None else jax.random.fold_in(key, i)), None
 
-    def stack(*leaves: jax.Array) -> jax.Array:  # kernels are stacked in the compute dtype: half the copy
-        return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
-
-    return jax.lax.scan(body, x_BTD, (jax.tree.map(stack, *layers), jnp.arange(len(layers))))[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return jax.lax.scan(body, x_BTD, (stacked, jnp.arange(len(layers))))[0]
 
 
-def rematerialised(block: Callable, remat: str) -> Callable:
-    """`block` with its backward reusing what `remat` says: all (none), nothing (full), or the named tensors."""
+def rematerialised(block: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:
+    """`block` with its backward reusing what `remat` says: all (none), nothing (full), or the named tensors.
+
+    prevent_cse: False where the compiler can not merge what is formed again with the forward: between loops.
+    """
     if remat == "none":
         return block
     actions = remat_actions(remat)
@@ -110,4 +111,4 @@ def rematerialised(block: Callable, remat: str) -> Callable:
         offload_src="device",
         offload_dst="pinned_host",
     )
-    return jax.checkpoint(block, policy=policy)
+    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.parallel.dense import RESIDUAL, gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.working import Weight, gradient_of
 
 HEAD = ("vocab", "embed")
 
@@ -30,7 +31,7 @@ class Settings(NamedTuple):
 
 def cross_entropy_sums(
     x_BTD: jax.Array,
-    head_VD: jax.Array,
+    head_VD: Weight,
     labels_BT: jax.Array,
     weights_BT: jax.Array,
     *,
@@ -46,7 +47,7 @@ def cross_entropy_sums(
     Logits are made in x's dtype, everything after in f32; the head's gradient accumulates in f32 over chunks.
 
     Args:
-      x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest, float32.
+      x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
       chunk_tokens: about how many tokens' logits exist at a time on a device.
 
@@ -64,13 +65,13 @@ def _sums(x_BTD, head_VD, labels_BT, weights_BT, settings):
 def _sums_forward(x_BTD, head_VD, labels_BT, weights_BT, settings):
     run = _on_mesh(partial(_local_sums, settings, True), settings)
     objective, nats, dx_BTD, dhead_VD = run(x_BTD, head_VD, labels_BT, weights_BT)
-    return (objective, nats), (dx_BTD, dhead_VD)
+    return (objective, nats), (dx_BTD, gradient_of(head_VD, dhead_VD))
 
 
 def _sums_backward(settings, saved, cotangents):
-    dx_BTD, dhead_VD = saved
+    dx_BTD, dhead = saved
     scale = cotangents[0]
-    return dx_BTD * scale.astype(dx_BTD.dtype), dhead_VD * scale, None, None
+    return dx_BTD * scale.astype(dx_BTD.dtype), jax.tree.map(lambda leaf: leaf * scale, dhead), None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.params import add_bias, products, vector, weight
+from jaxlm.models.params import Parameter, add_bias, products, vector, weight
 from jaxlm.parallel.rules import Layout
 
 
@@ -32,16 +34,42 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
-            up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
-            act_BTF = _gelu(up_BTF)
+            act_BTF = _activate(_gelu, (checkpoint_name(up_BTF, "mlp_up"),), (_array(self.up_bias),))
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
-            up_BTF = checkpoint_name(add_bias(up_BTF, self.up_bias), "mlp_up")
-            gate_BTF = checkpoint_name(add_bias(gate_BTF, self.gate_bias), "mlp_gate")
-            act_BTF = _swiglu(up_BTF, gate_BTF)
+            sums = checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate")
+            act_BTF = _activate(_swiglu, sums, (_array(self.up_bias), _array(self.gate_bias)))
         return add_bias(self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down), self.down_bias)
 
 
-# the backward forms these again from their inputs, which are kept anyway
-_gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True), prevent_cse=False)
-_swiglu = jax.checkpoint(lambda up, gate: jax.nn.silu(gate) * up, prevent_cse=False)
+def _array(bias: Parameter | None) -> jax.Array | None:
+    return None if bias is None else bias[...]
+
+
+def _gelu(up: jax.Array) -> jax.Array:
+    return jax.nn.gelu(up, approximate=True)
+
+
+def _swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activate(function: Callable, sums: tuple[jax.Array, ...], biases: tuple[jax.Array | None, ...]) -> jax.Array:
+    """function of sums [B, T, F] plus their biases: one pass over memory, and the backward keeps the sums alone."""
+    return function(*map(add_bias, sums, biases))
+
+
+def _activate_forward(function: Callable, sums: tuple, biases: tuple) -> tuple:
+    return _activate(function, sums, biases), (sums, biases)
+
+
+def _activate_backward(function: Callable, saved: tuple, dact_BTF: jax.Array) -> tuple:
+    sums, biases = saved
+    dsums = jax.vjp(function, *map(add_bias, sums, biases))[1](dact_BTF)
+    dsums = jax.lax.optimization_barrier(dsums)  # or the compiler writes them in float32, for the sums below
+    dbiases = [None if b is None else d.astype(jnp.float32).sum((0, 1)) for d, b in zip(dsums, biases)]
+    return tuple(dsums), tuple(dbiases)
+
+
+_activate.defvjp(_activate_forward, _activate_backward)

@@ -47,6 +47,6 @@ def products(model: ModelConfig, layout: Layout) -> Products:
     return Products(layout, model.dtype, regather=model.remat == "none")
 
 
-def add_bias(y: jax.Array, bias: Parameter | None) -> jax.Array:
+def add_bias(y: jax.Array, bias: Parameter | jax.Array | None) -> jax.Array:
     """y + bias in y's dtype, added in float32: so the bias' gradient is summed over rows and devices in float32."""
     return y if bias is None else (y.astype(jnp.float32) + bias[...]).astype(y.dtype)

@@ -26,17 +26,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.rules import At, Layout
+from jaxlm.parallel.working import Weight as Leaf
+from jaxlm.parallel.working import cast, gradient_of
 
 Dims = tuple[str, ...]
 RESIDUAL = ("batch", "residual", "embed")
 
 
 class Weight(Protocol):
-    """A parameter: its array by `[...]`, and the logical dims of that array."""
+    """A parameter: its array, or working copy, by `[...]`, and the logical dims of that array."""
 
     dims: Dims
 
-    def __getitem__(self, index: Any, /) -> jax.Array: ...
+    def __getitem__(self, index: Any, /) -> Leaf: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _columns_backward(p, dims, saved, dys):
             w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
             dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
             dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-            dweights.append(reduce_gradient(p.layout, dw_DF, d).astype(w.dtype))
+            dweights.append(gradient_of(w, reduce_gradient(p.layout, dw_DF, d)))
         return scatter_positions(p.layout, sum(dxs_BTD[1:], dxs_BTD[0]), p.layout.split(*dims[0][1:])), tuple(dweights)
 
     outs = tuple(("batch", "seq", *d[1:]) for d in dims)
@@ -109,9 +111,9 @@ def _rows_backward(p, dims, saved, dx_BTD):
     def local(y_BTF, w, dx_BTD):
         y_BTF, w, dx_BTD = _again(p, (dims,), (y_BTF, w, dx_BTD))
         dx_BTD = gather_positions(p.layout, dx_BTD)
-        dy_BTF = jnp.tensordot(dx_BTD, gather_weight(p.layout, w, dims, p.dtype), (2, w.ndim - 1))
+        dy_BTF = jnp.tensordot(dx_BTD, gather_weight(p.layout, w, dims, p.dtype), (2, len(dims) - 1))
         dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-        return dy_BTF, reduce_gradient(p.layout, dw_FD, dims).astype(w.dtype)
+        return dy_BTF, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
 
     y_dims = ("batch", "seq", *dims[:-1])
     return _run(p, local, (y_dims, dims, RESIDUAL), (y_dims, dims), grads=True)(*saved, dx_BTD)
@@ -122,10 +124,10 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _lookup(table_VD, tokens_BT, p: Products, dims):
-    def local(table_VD, tokens_BT):
-        at_rest = p.layout.gathered(dims)[1]
+    def local(table, tokens_BT):
+        at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
         index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
-        x_BTD = jnp.where(hit[..., None], table_VD[index], 0).astype(p.dtype)
+        x_BTD = jnp.where(hit[..., None], table_VD[index], 0)
         if at_rest:  # each device found its channels of the whole group's rows: channels and rows change places
             x_BTD = jax.lax.all_to_all(x_BTD, at_rest, 0, 2, tiled=True)
         return scatter_positions(p.layout, x_BTD, p.layout.split("vocab"))
@@ -138,15 +140,15 @@ def _lookup_forward(table_VD, tokens_BT, p, dims):
 
 
 def _lookup_backward(p, dims, saved, dx_BTD):
-    def local(table_VD, tokens_BT, dx_BTD):
-        at_rest = p.layout.gathered(dims)[1]
+    def local(table, tokens_BT, dx_BTD):
+        at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
         index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
         dx_BTD = gather_positions(p.layout, dx_BTD)
         if at_rest:
             dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
         dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
         dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
-        return reduce_gradient(p.layout, dtable_VD, dims, done=at_rest)
+        return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, done=at_rest))
 
     return _run(p, local, (dims, ("batch", "seq"), RESIDUAL), dims, grads=True)(*saved, dx_BTD), None
 
@@ -179,9 +181,9 @@ def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str,
     return jax.lax.psum(x_BTD, rest) if rest else x_BTD
 
 
-def gather_weight(layout: Layout, w: jax.Array, dims: Dims, dtype: str) -> jax.Array:
+def gather_weight(layout: Layout, weight: Leaf, dims: Dims, dtype: Any) -> jax.Array:
     """Local: from its share at rest to its share in compute, cast before it travels."""
-    w = w.astype(dtype)
+    w = cast(weight, dtype)
     for i, axes in enumerate(layout.gathered(dims)):
         w = jax.lax.all_gather(w, axes, axis=i, tiled=True) if axes else w
     return w

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.schedule import Item, Schedule
+from jaxlm.parallel.working import gradients
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ def loss_and_grads(schedule: Schedule, axis: str, parts: Parts, weights: Any, en
     """(sum of reports, (d weights, d ends)) of this device: gradients as the parts leave them, summed over microbatches.
 
     Args:
-      weights: this stage's, each leaf [R, ...].   ends: parameters of `first` and `last`.
+      weights: this stage's, each leaf [R, ...].   ends: parameters of `first` and `last`. Both may hold working copies.
     """
     run = _Run(schedule, axis, parts, weights, ends)
-    carry = run.empty()
+    carry = run.start()
     for start, stop, forwards, backwards in schedule.phases:
         tick = partial(run.tick, forwards=forwards, backwards=backwards)
         carry = jax.lax.scan(tick, carry, jnp.arange(start, stop))[0]
@@ -61,7 +62,7 @@ def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -
 
     def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         y, report = carry
-        item, x = run.enter(t, y)
+        item, x = run.enter(t, y, run.newest(t, y))
         y = parts.stage(run.at(item.repeat), x, item.microbatch, item.repeat)
         left = schedule.forward(schedule.stages - 1, t)
         done = left.on & (left.repeat == schedule.repeats - 1)
@@ -72,12 +73,13 @@ def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -
     return jax.lax.scan(tick, (zero, jnp.zeros((), jnp.float32)), jnp.arange(schedule.forward_ticks))[0][1]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["y", "dx", "ring", "sums"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["new", "y", "dx", "ring", "sums"], meta_fields=[])
 @dataclass(frozen=True)
 class _Carry:
-    """y: what arrived from the stage before.   dx: what this stage's last backward sends.
-    ring: residuals and output of the last K forwards, each leaf [K, ...].   sums: (report, d weights, d ends)."""
+    """new: the first stage's input, of `first`.   y, dx: what arrived from the stages before and after.
+    ring: output and residuals of the last K forwards, each leaf [K, ...].   sums: (report, d weights, d ends)."""
 
+    new: jax.Array
     y: jax.Array
     dx: jax.Array
     ring: list[jax.Array]
@@ -92,60 +94,65 @@ class _Run:
     weights: Any
     ends: Any
 
-    def empty(self) -> _Carry:
+    def start(self) -> _Carry:
         x = self._like(jax.eval_shape(self.parts.first, self.ends, 0))
         slots = self.schedule.num_slots
         kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), jnp.int32(0))[0], self.at(0), x)
         ring = [jnp.zeros((slots, *leaf.shape), leaf.dtype) for leaf in kept]
-        zeros = jax.tree.map(jnp.zeros_like, (self.weights, self.ends))
-        return _Carry(x, x, ring, (jnp.zeros((), jnp.float32), *zeros))
+        zeros = jax.tree.map(jnp.zeros_like, gradients((self.weights, self.ends)))
+        return _Carry(self.newest(0, x), x, x, ring, (jnp.zeros((), jnp.float32), *zeros))
 
     def tick(self, carry: _Carry, t: jax.Array, *, forwards: bool, backwards: bool) -> tuple[_Carry, None]:
-        y, dx, ring, sums = carry.y, carry.dx, carry.ring, carry.sums
-        if backwards:
-            dx = self.send(dx, -1)
+        new, y, dx, ring, sums = carry.new, carry.y, carry.dx, carry.ring, carry.sums
         if forwards:
-            item, x = self.enter(t, y)
+            item, x = self.enter(t, y, new)
             kept, _ = self.linear(self.at(item.repeat), x, item.microbatch, item.repeat)
             slot = t % self.schedule.num_slots
-            ring = [jax.lax.dynamic_update_index_in_dim(all_, new, slot, 0) for all_, new in zip(ring, kept)]
-            y = self.send(kept[0], 1)
+            ring = [jax.lax.dynamic_update_index_in_dim(all_, one, slot, 0) for all_, one in zip(ring, kept)]
+            new, y = self.newest(t + 1, y), self.send(kept[0], 1)
         if backwards:
-            dx, sums = self.backward(t, dx, ring, sums)
-        return _Carry(y, dx, ring, sums), None
+            dx, sums = self.backward(t, carry, ring)
+            dx = self.send(dx, -1)
+        return _Carry(new, y, dx, ring, sums), None
 
-    def enter(self, t: jax.Array, y: jax.Array) -> tuple[Item, jax.Array]:
+    def newest(self, t: jax.Array | int, like: jax.Array) -> jax.Array:
+        """What the first stage takes in at tick t where that is a microbatch's first repeat."""
+        item = self.schedule.forward(0, jnp.int32(t))
+        return self.when(item.repeat == 0, lambda _: self.parts.first(self.ends, item.microbatch), like)
+
+    def enter(self, t: jax.Array, y: jax.Array, new: jax.Array) -> tuple[Item, jax.Array]:
         """This stage's forward item at tick t, and its input: the first stage's from `first`, else what arrived."""
-        item, newest = self.schedule.forward(self.stage, t), self.schedule.forward(0, t)
-        new = self.when(newest.repeat == 0, lambda _: self.parts.first(self.ends, newest.microbatch), y)
+        item = self.schedule.forward(self.stage, t)
         return item, jnp.where((self.stage == 0) & (item.repeat == 0), new, y)
 
-    def backward(self, t: jax.Array, dy: jax.Array, ring: list, sums: tuple) -> tuple[jax.Array, tuple]:
+    def backward(self, t: jax.Array, carry: _Carry, ring: list) -> tuple[jax.Array, tuple]:
         """The backward half of tick t: (d input, sums with this item's gradients added)."""
         schedule, parts, last_stage = self.schedule, self.parts, self.schedule.stages - 1
-        report, dweights, dends = sums
+        (report, dweights, dends), dy = carry.sums, carry.dx
         item, leaving = schedule.backward(self.stage, t), schedule.backward(last_stage, t)
         slot = schedule.forward_tick(self.stage, item) % schedule.num_slots
         kept = [jax.lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
 
         def top(y: jax.Array) -> tuple:
-            y = self.from_stage(-1, y)
+            y = self.from_stage(0, y) if just_left else self.from_stage(-1, y)
             (objective, report), back = jax.vjp(lambda ends, y: parts.last(ends, y, leaving.microbatch), self.ends, y)
             on = leaving.on.astype(objective.dtype)
-            return report * on, back((on, jnp.zeros_like(report)))
+            return report * on, gradients(back((on, jnp.zeros_like(report))))
 
-        more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, kept[0])
+        just_left = schedule.first_backward == schedule.repeats * schedule.stages  # and came round to the first stage
+        y = carry.y if just_left else kept[0]
+        more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, y)
         dy = jnp.where((self.stage == last_stage) & (item.repeat == schedule.repeats - 1), dy_top, dy)
         weights = self.at(item.repeat)
         pull = self.linear(weights, jnp.zeros_like(dy), item.microbatch, item.repeat)[1]
         dw, dx = pull(kept, jnp.where(item.on, dy, 0))
-        dweights = jax.tree.map(partial(self.add_at, item.repeat), dweights, dw)
+        dweights = jax.tree.map(partial(self.add_at, item.repeat), dweights, gradients(dw))
 
         entered = schedule.backward(0, t)
 
         def bottom(dx: jax.Array) -> Any:
             dx = self.from_stage(0, jnp.where(entered.on, dx, 0))
-            return jax.vjp(lambda ends: parts.first(ends, entered.microbatch), self.ends)[1](dx)[0]
+            return gradients(jax.vjp(lambda ends: parts.first(ends, entered.microbatch), self.ends)[1](dx)[0])
 
         dends_bottom = self.when(entered.repeat == 0, bottom, dx)
         dends = jax.tree.map(lambda a, b, c: a + b + c, dends, dends_top, dends_bottom)

@@ -7,7 +7,9 @@ Backward, items walk the repeats in falling order, and item k is at stage s at t
 The schedules differ in `first_backward` alone:
 
   gpipe, circular   all forward ticks first; every microbatch's activations are kept            (circular: R > 1)
-  1f1b              as soon as the first item leaves the last stage; 2RP - 1 ticks' activations are kept, whatever M
+  1f1b              the tick after the first item left the last stage; 2RP ticks' activations are kept, whatever M
+
+A tick in between costs no time, the first ticks are forwards alone, and lets what a tick sends travel while it computes.
 
 Source: Narayanan et al., arXiv:2104.04473, section 2.2, for 1F1B and its interleaving; here both halves of a tick are
 taken by different microbatches, so that every stage runs one program without branches.
@@ -52,7 +54,7 @@ class Schedule:
     @property
     def first_backward(self) -> int:
         """The tick at which the last stage does its first backward."""
-        return self.repeats * self.stages - 1 if self.name == "1f1b" else self.forward_ticks
+        return min(self.repeats * self.stages, self.forward_ticks) if self.name == "1f1b" else self.forward_ticks
 
     @property
     def num_ticks(self) -> int:
@@ -61,9 +63,7 @@ class Schedule:
     @property
     def num_slots(self) -> int:
         """Ticks whose activations a stage must keep."""
-        return (
-            min(2 * self.repeats * self.stages - 1, self.forward_ticks) if self.name == "1f1b" else self.forward_ticks
-        )
+        return min(2 * self.repeats * self.stages, self.forward_ticks) if self.name == "1f1b" else self.forward_ticks
 
     @property
     def bubble_frac(self) -> float:

@@ -26,7 +26,7 @@ FORWARD_LENGTH, BACKWARD_LENGTH = 1, 2  # a backward takes the gradients of inpu
 WORDS = {
     "gpipe": "all forwards, then all backwards",
     "circular": "all forwards, every microbatch going round the stages again and again, then all backwards",
-    "1f1b": "backwards begin as soon as the first microbatch has left the last stage for good",
+    "1f1b": "backwards begin the tick after the first microbatch has left the last stage for good",
 }
 PHASES = {
     (True, False): ("forwards only", "forwards", "F"),

@@ -1,0 +1,66 @@
+"""Working copies: weights in the compute dtype, cast once a step, whose gradients are float32 all the same.
+
+A step that runs through many microbatches would cast every weight for each of them; the compiler does not take the cast out
+of the loop. But the gradient of a bfloat16 array is bfloat16, and what it rounds is lost before the sum over
+microbatches and devices begins. So a working copy brings a place for its gradient along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.rules import by_dims
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "hook"], meta_fields=[])
+@dataclass(frozen=True)
+class Working:
+    """value: the weight in the compute dtype.   hook: zeros, float32, read by nobody; its cotangent is the gradient."""
+
+    value: jax.Array
+    hook: jax.Array
+
+    def __getitem__(self, index: Any) -> Working:
+        assert index is ..., "a working copy is read whole"
+        return self
+
+
+Weight = jax.Array | Working
+
+
+def working_copies(params: Any, dims: Any, dtype: str) -> Any:
+    """`params` with each weight of a product, and each table that is looked up in, as a working copy.
+
+    These are the parameters with the model's width among their dims, but for the positions, which are added in float32.
+    """
+
+    def copy(of: tuple[str, ...], param: jax.Array) -> Weight:
+        if "embed" not in of or "position" in of:
+            return param
+        return Working(param.astype(dtype), jnp.zeros_like(param))
+
+    return by_dims(copy, dims, params)
+
+
+def cast(weight: Weight, dtype: Any) -> jax.Array:
+    """The weight in `dtype`: a working copy's value, a parameter cast here and now."""
+    return weight.value if isinstance(weight, Working) else weight.astype(dtype)
+
+
+def gradient_of(weight: Weight, grad: jax.Array) -> Any:
+    """`grad`, float32, as the cotangent of `weight`."""
+    return Working(None, grad) if isinstance(weight, Working) else grad.astype(weight.dtype)  # pyright: ignore
+
+
+def gradients(tree: Any) -> Any:
+    """The cotangent of a tree with working copies, or the tree itself, with one leaf a parameter: the hooks."""
+
+    def is_working(leaf: Any) -> bool:
+        return isinstance(leaf, Working)
+
+    return jax.tree.map(lambda leaf: leaf.hook if is_working(leaf) else leaf, tree, is_leaf=is_working)
