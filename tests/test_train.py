@@ -17,11 +17,12 @@ import pytest
 import tiny
 
 from jaxlm import evaluate, generate, train
-from jaxlm.checkpoint.restore import restore_latest
+from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.metrics.writer import read_metrics
-from jaxlm.session import load_config, lock_run, open_program
+from jaxlm.session import load_config, open_program
 from jaxlm.step import abstract_state, init_state, make_program
 
 STEPS = 24
@@ -70,7 +71,7 @@ def numbers(workdir: Path) -> list[dict]:
 
 def final_state(workdir: Path):
     program = open_program(load_config(workdir))
-    restored = restore_latest(workdir / "checkpoints", abstract_state(program))
+    restored = restore_latest_good(workdir / "checkpoints", abstract_state(program))
     assert restored is not None
     return restored.state
 
@@ -186,7 +187,7 @@ def test_a_signal_saves_and_leaves_and_the_rerun_loses_no_step(folder, unbroken,
 
 def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbroken):
     program = open_program(tiny.replace(load_config(unbroken), model=dict(scan_layers=True)))
-    restored = restore_latest(unbroken / "checkpoints", abstract_state(program))
+    restored = restore_latest_good(unbroken / "checkpoints", abstract_state(program))
     assert_bitwise(restored.state, final_state(unbroken))
     # two halves, the second scanned: whole and killed-and-resumed are the same run
     for name, stops in (("whole", [12, STEPS]), ("broken", [12, 18, STEPS])):
@@ -317,7 +318,7 @@ def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch
 
 
 def test_two_runs_can_not_share_a_workdir(folder, unbroken):
-    with lock_run(unbroken), pytest.raises(UserError, match="another process") as caught:
+    with RunLock(unbroken), pytest.raises(UserError, match="another process") as caught:
         train.main(command(folder, "unbroken"))
     assert caught.value.exit_code == 3
 

@@ -7,15 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from closed_form import abstract, make_state, same
 from killer import WIDTH
 
-from jaxlm.checkpoint.layout import PRUNED, TEMPORARY
+from jaxlm.checkpoint.layout import LEFTOVER
 from jaxlm.checkpoint.restore import restore
+from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 
 HERE = Path(__file__).resolve().parent
-KILLS = 10
 
 
 def run_and_kill(directory: Path, delay_s: float) -> tuple[int, list[int]]:
@@ -36,21 +37,23 @@ def run_and_kill(directory: Path, delay_s: float) -> tuple[int, list[int]]:
     return int(words[0][1]), [int(step) for word, step in words[1:]]
 
 
-def test_every_step_reported_committed_survives_kill_9(tmp_path):
-    directory, rng = tmp_path / "checkpoints", random.Random(0)
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.nightly)])
+def test_every_step_reported_committed_survives_kill_9(tmp_path, kills):
+    directory, rng = tmp_path / "checkpoints", random.Random(kills)
     newest, torn = 0, 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         resumed, committed = run_and_kill(directory, rng.uniform(0, 0.3))
         assert resumed >= newest and committed, "a restart must find the newest step that was reported"
         newest = committed[-1]
-        torn += any(TEMPORARY in entry.name or PRUNED in entry.name for entry in directory.iterdir())
+        torn += any(LEFTOVER.fullmatch(entry.name) for entry in directory.iterdir())
         steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
         # A later one may be there, committed but not reported yet. Every directory with a step's name must be whole.
         assert max(steps) >= newest
         for step in steps:
             expected = make_state(step, width=WIDTH)
             assert same(restore(directory, abstract(expected), step=step).state, expected)
-    assert torn >= 3, "the kills must fall into saves to mean anything"
-    with CheckpointStore(directory, keep=2) as store:
+    print(f"{kills} kills, {torn} of them in the middle of a save or a deletion; {newest} steps, none lost")
+    assert torn >= 0.75 * kills, "the kills must fall into saves to mean anything"
+    with CheckpointStore(directory, retention=Retention(2)) as store:
         assert store.steps()[-1] >= newest
         assert sorted(entry.name for entry in directory.iterdir()) == sorted(map(str, store.steps()))

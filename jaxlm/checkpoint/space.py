@@ -1,0 +1,41 @@
+"""What a run's saves will need of the disk and of the host's memory, against what is there."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoint.staging import staged_bytes
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def shortages(directory: Path, abstract: Any) -> list[str]:
+    """A sentence for each thing that saves of a state like `abstract` may run out of; empty if all is well."""
+    leaves = jax.tree.leaves(abstract)
+    save, staged = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves), staged_bytes(leaves)
+    free, memory = shutil.disk_usage(directory).free, available_memory_bytes()
+    found = []
+    if free < 2 * save:
+        found.append(f"{directory} has {gigabytes(free)} free, two checkpoints take {gigabytes(2 * save)}")
+    if memory is not None and memory < staged:
+        found.append(f"a save copies {gigabytes(staged)} to this host's memory, which has {gigabytes(memory)} left")
+    return found
+
+
+def available_memory_bytes(lines: Iterable[str] | None = None) -> int | None:
+    """Memory that this host can still give without swapping; None where the kernel does not say."""
+    if lines is None:
+        if not MEMINFO.is_file():
+            return None
+        lines = MEMINFO.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,111 @@
+"""What a checkpoint costs a run: how long a save blocks it, how long a commit takes, what the checksums cost.
+
+  python scripts/bench_checkpoint.py --config configs/gpt2.py:1.3b [--config.a.b=v ...] [--folder DIR] [--saves 3] [--steps 3]
+
+Trains random tokens. Before each save the state is waited for, so that what is timed is the save alone; after it the run goes
+on at once and overwrites the state that is being written. Prints a JSON line for the run and one for each save, with the bounds:
+blocked <= max(one step, 50 ms + bytes / 20 GB/s), checksums <= 5 ms a GB. The first save also compiles the checksums and
+pins host memory. At the end the newest save is restored and verified against the checksums that were computed before it was
+overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint.checksum import checksums
+from jaxlm.checkpoint.layout import name_leaves
+from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.data.loader import Batch
+from jaxlm.models.presets import PRESETS
+from jaxlm.pipelined import to_layers
+from jaxlm.session import open_program
+from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
+from jaxlm.step import abstract_state, compile_step, init_state, put_batch
+from jaxlm.train import use_device_settings
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="bench_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--folder", type=Path, help="where to save (default: a temporary one)")
+    parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="between saves")
+    overrides, others = split_overrides(argv)
+    args = parser.parse_args(others)
+    config = resolve(load_file(args.config), overrides=overrides, presets=PRESETS).config
+    use_device_settings(config)
+    program = open_program(config)
+    step, state = compile_step(program), init_state(program)
+    shape = (config.train.batch_size, config.train.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    batch = put_batch(program, Batch(tokens, tokens, np.ones(shape, np.float32)))
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder) as folder,
+        CheckpointStore(folder, retention=Retention(1)) as store,
+    ):
+        run_s, times_s = [], []
+        for number in range(1, args.saves + 1):
+            for _ in range(args.steps):
+                took, (state, _) = seconds(lambda: jax.block_until_ready(step(state, batch)))
+                times_s.append(took)
+            step_s = statistics.median(times_s)
+            named = name_leaves(to_layers(program.pipe, state))
+            size = sum(leaf.nbytes for leaf in named.values())
+            checksum_s, _ = seconds(lambda: checksums(named))
+            blocked_s, _ = seconds(lambda: store.save(number, to_layers(program.pipe, state)))
+            beside_s, (state, _) = seconds(lambda: jax.block_until_ready(step(state, batch)))
+            del named
+            store.wait()
+            (outcome,) = store.poll()
+            assert outcome.error is None, outcome
+            bound_s = max(step_s, 0.05 + size / 20e9)
+            say(
+                save=number, state_gb=size / 1e9, step_s=step_s, blocked_s=blocked_s, blocked_bound_s=bound_s,
+                blocked_holds=blocked_s <= bound_s, step_beside_save_s=beside_s, commit_s=outcome.duration_s,
+                checksum_s=checksum_s, checksum_ms_a_gb=1e3 * checksum_s / (size / 1e9),
+                checksum_holds=checksum_s <= 5e-3 * size / 1e9, peak_rss_gb=peak_rss_gb(),
+            )  # fmt: skip
+            run_s.append(blocked_s)
+        like = to_layers(program.pipe, abstract_state(program))
+        del state
+        restore_s, restored = seconds(lambda: store.restore_latest_good(like))
+        assert restored is not None and restored.step == args.saves and not restored.passed_over
+        say(
+            device=jax.devices()[0].device_kind, devices=jax.device_count(), jax=jax.__version__, restore_s=restore_s,
+            verified=True, overhead_frac=run_s[-1] / (config.checkpoint.every_steps * statistics.median(times_s)),
+            every_steps=config.checkpoint.every_steps,
+        )  # fmt: skip
+    return 0
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
+
+
+def peak_rss_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def say(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
