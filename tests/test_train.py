@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,20 @@ def test_killed_at_a_random_moment_and_rerun_equals_the_unbroken_run_to_the_last
     assert train.main(command(folder, name)) == 0
     assert numbers(folder / name) == numbers(unbroken)
     assert_bitwise(final_state(folder / name), final_state(unbroken))
+
+
+def test_a_run_whose_newest_checkpoint_rotted_goes_back_one_and_ends_as_the_unbroken_run(folder, unbroken, capsys):
+    shutil.copytree(unbroken, folder / "rotten")
+    newest = folder / "rotten" / "checkpoints" / str(STEPS)
+    file = max((entry for entry in newest.rglob("*") if entry.is_file()), key=lambda entry: entry.stat().st_size)
+    rotten = bytearray(file.read_bytes())
+    rotten[len(rotten) // 2] ^= 4
+    file.write_bytes(rotten)
+    assert train.main(command(folder, "rotten")) == 0
+    assert f"resumes after step {STEPS - 3}" in capsys.readouterr().out
+    assert numbers(folder / "rotten") == numbers(unbroken)
+    assert_bitwise(final_state(folder / "rotten"), final_state(unbroken))
+    assert (folder / "rotten" / "checkpoints" / "abandoned" / str(STEPS)).is_dir()
 
 
 @pytest.mark.nightly

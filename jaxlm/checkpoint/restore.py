@@ -195,9 +195,10 @@ def _describe(leaf: Any) -> str:
     return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, for a line of a log."""
     lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {lines[0][:400]}"
 
 
 def _or_damage(path: Path, read: Callable[[], Any]) -> Any:
@@ -207,7 +208,7 @@ def _or_damage(path: Path, read: Callable[[], Any]) -> Any:
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # out of memory: no word against the files
     except Exception as error:
-        raise Damage(path, _first_line(error)) from error
+        raise Damage(path, first_line(error)) from error
 
 
 def _reading() -> ocp.Context:

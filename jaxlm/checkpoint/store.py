@@ -21,7 +21,7 @@ from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.checkpoint.restore import SEALED, Restored, restore_latest_good
+from jaxlm.checkpoint.restore import SEALED, Restored, first_line, restore_latest_good
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError
@@ -202,8 +202,7 @@ class CheckpointStore:
         if jax.process_index() == 0 and not (self._lock and self._lock.lost):  # else it is the other run's by now
             layout.remove_writing(self.directory, step)
         self._failures += 1
-        reason = f"{type(error).__name__}: {error}"
-        self._outcomes.append(SaveOutcome(step, reason, time.monotonic() - start, blocked_s, self._failures))
+        self._outcomes.append(SaveOutcome(step, first_line(error), time.monotonic() - start, blocked_s, self._failures))
 
     def _make_way(self, step: int) -> None:
         """Moves aside what stands where steps from here on will go: damaged ones passed over, and what is none."""
