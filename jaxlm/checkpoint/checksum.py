@@ -24,6 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxlm.checkpoint.staging import split_axes
+
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -48,15 +50,15 @@ def _sums(x: Any, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
     x = jax.device_put(x, jax.memory.Space.Device)
     if mesh is None:
         return _sum_of_part(x, [0] * x.ndim, x.shape)[None]
-    entries = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec]
-    entries += [()] * (x.ndim - len(entries))
+    split = split_axes(spec)
+    split += [()] * (x.ndim - len(split))
 
     def local(part: jax.Array) -> jax.Array:
-        starts = [jax.lax.axis_index(axes) * size if axes else 0 for axes, size in zip(entries, part.shape)]
+        starts = [jax.lax.axis_index(axes) * size if axes else 0 for axes, size in zip(split, part.shape)]
         return _sum_of_part(part, starts, x.shape)[None]
 
-    splits = tuple(axis for axes in entries for axis in axes)
-    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(splits), check_vma=False)(x)
+    parts = PartitionSpec(tuple(axis for axes in split for axis in axes))
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=parts, check_vma=False)(x)
 
 
 def _sum_of_part(x: jax.Array, starts: Sequence[Any], whole: Sequence[int]) -> jax.Array:

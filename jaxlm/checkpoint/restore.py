@@ -107,8 +107,8 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
 def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Arrays of the step in `path` by name. leaves: shape, dtype and sharding of each.
 
-    Where several hosts hold copies of the same parameters, each reads for itself; Orbax can read once and broadcast, if every
-    array is repeated along one mesh axis, which a layout with more than one use of its axes does not promise.
+    Hosts that hold copies of the same arrays each read them. Orbax can read once and broadcast, but adds zeros to do so: -0.0
+    comes out as 0.0, and the checksum differs (docs/experiments.md).
     Raises: Damage if they cannot be read.
     """
     return _or_damage(path, lambda: ocp.load_checkpointables(str(path), {ITEM: dict(leaves)})[ITEM])

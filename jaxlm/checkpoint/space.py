@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,9 @@ def shortages(directory: Path, abstract: Any) -> list[str]:
     return found
 
 
-def available_memory_bytes(lines: Iterable[str] | None = None) -> int | None:
+def available_memory_bytes() -> int | None:
     """Memory that this host can still give without swapping; None where the kernel does not say."""
-    if lines is None:
-        if not MEMINFO.is_file():
-            return None
-        lines = MEMINFO.read_text().splitlines()
+    lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 

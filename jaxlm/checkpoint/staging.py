@@ -7,12 +7,13 @@ What the run waits for is this copy alone: turning it into files is left to a ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 KIND = "pinned_host"
 
@@ -43,11 +44,15 @@ def one_replica(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding):
         return sharding.with_memory_kind(KIND)
     mesh = sharding.mesh
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
-    splits = {axis for entry in entries for axis in entry}
+    splits = {axis for axes in split_axes(sharding.spec) for axis in axes}
     some = tuple(slice(None) if axis in splits else slice(1) for axis in mesh.axis_names)
     part = Mesh(np.asarray(mesh.devices)[some], mesh.axis_names, axis_types=mesh.axis_types)
     return NamedSharding(part, sharding.spec, memory_kind=KIND)
+
+
+def split_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dim, of those that `spec` mentions."""
+    return [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec]
 
 
 def staged_bytes(leaves: Iterable[Any]) -> int:
@@ -55,8 +60,6 @@ def staged_bytes(leaves: Iterable[Any]) -> int:
     total = 0
     for leaf in leaves:
         sharding = one_replica(leaf.sharding)
-        shard = leaf.dtype.itemsize
-        for size in sharding.shard_shape(leaf.shape):
-            shard *= size
-        total += shard * len(sharding.addressable_devices)
+        elements = math.prod(sharding.shard_shape(leaf.shape)) * len(sharding.addressable_devices)
+        total += elements * leaf.dtype.itemsize
     return total

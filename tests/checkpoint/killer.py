@@ -23,6 +23,7 @@ def main(directory: str) -> None:
         print("resumed", int(state["step"]), flush=True)
         for step in range(int(state["step"]) + 1, 10**6):
             state = next_state(state)
+            print("saving", step, flush=True)
             store.save(step, state, metadata={"step": step})
             while store._in_flight is not None and not store._in_flight.done():  # as many training steps go by
                 time.sleep(0.002)
