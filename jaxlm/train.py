@@ -118,7 +118,9 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             return 0
         state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
         start = restored.step if restored else 0
+        store.warm_up(to_layers(program.pipe, state))
         compiled = build(program, state, loader)
+        store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
         write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
 from jaxlm.checkpoint.restore import columns, read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
-from jaxlm.checkpoint.space import gigabytes
+from jaxlm.checkpoint.space import bytes_text
 from jaxlm.config import Problem, UserError
 from jaxlm.settings import Parser, flatten, run_main, shown
 
@@ -45,11 +44,14 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # the accelerators may be training
-    logging.basicConfig(format="%(message)s")
     if not committed_steps(args.workdir / "checkpoints"):
         problem = Problem(str(args.workdir / "checkpoints"), "holds no checkpoint", "name a run's folder")
         raise UserError(problem, exit_code=EXIT_DAMAGED)
-    return COMMANDS[args.command](args)
+    try:
+        return COMMANDS[args.command](args)
+    except Damage as damage:
+        remedy = "choose another step; a run that trains deletes old ones"
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=EXIT_DAMAGED) from damage
 
 
 def list_steps(args: argparse.Namespace) -> int:
@@ -99,7 +101,7 @@ def diff(args: argparse.Namespace) -> int:
         steps = [steps[-1], *committed_steps(args.other / "checkpoints")[-1:]]
     one, other = args.steps or (steps * 2)[-2:]
     paths = _step(args.workdir, one), _step(args.other or args.workdir, other)
-    settings = _differing(*map(_settings, map(_read, paths)))
+    settings = _differing(*map(_settings, map(read_manifest, paths)))
     with _bar(*paths[:1]) as bar:
         arrays = examine.differences(*paths, bar.update)
     if args.json:
@@ -121,7 +123,7 @@ def export(args: argparse.Namespace) -> int:
     path = _step(args.workdir, args.step or committed_steps(args.workdir / "checkpoints")[-1])
     with _bar(path) as bar:
         made = examine.export(path, args.workdir, args.output, dtype=args.dtype, advance=bar.update)
-    print(f"{made}: {gigabytes(_read(made).size_bytes)}, from {gigabytes(_read(path).size_bytes)}")
+    print(f"{made}: {bytes_text(read_manifest(made).size_bytes)}, from {bytes_text(read_manifest(path).size_bytes)}")
     return 0
 
 
@@ -141,7 +143,7 @@ def rewind(args: argparse.Namespace) -> int:
     """Moves the checkpoints after a step to checkpoints/abandoned, so that the run goes on from there."""
     directory, path = args.workdir / "checkpoints", _step(args.workdir, args.to)
     with RunLock(args.workdir):
-        _read(path)
+        read_manifest(path)
         later = [directory / str(step) for step in committed_steps(directory) if step > args.to]
         layout.abandon(directory, later, f"rewound to step {args.to}")
     print(f"the run goes on from step {args.to}; {len(later)} later checkpoints are in {directory / layout.ABANDONED}")
@@ -182,15 +184,6 @@ def _step(workdir: Path, step: int) -> Path:
         )
         raise UserError(problem, exit_code=EXIT_DAMAGED)
     return workdir / "checkpoints" / str(step)
-
-
-def _read(path: Path) -> Manifest:
-    try:
-        return read_manifest(path)
-    except Damage as damage:
-        raise UserError(
-            Problem(str(damage.path), damage.reason, "choose another step"), exit_code=EXIT_DAMAGED
-        ) from damage
 
 
 def _bar(path: Path) -> tqdm:
@@ -239,7 +232,7 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
     state = "-" if verified is None else (_date(verified["at"]) if verified["sound"] else "DAMAGED")
     versions = facts.get("versions", {})
     return (
-        str(facts["step"]), _date(facts["saved_at"]), gigabytes(facts["size_bytes"]), pairs("metrics"), pairs("mesh"),
+        str(facts["step"]), _date(facts["saved_at"]), bytes_text(facts["size_bytes"]), pairs("metrics"), pairs("mesh"),
         " ".join(f"{name} {versions[name]}" for name in ("jaxlm", "jax") if name in versions) or "-",
         ", ".join(facts["kept"]) or "-", state,
     )  # fmt: skip

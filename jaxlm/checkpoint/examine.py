@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.layout import is_committed
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
 from jaxlm.checkpoint.store import CheckpointStore
@@ -39,7 +40,10 @@ def size_bytes(leaves: Mapping[str, Leaf]) -> int:
 
 
 def verify(path: Path, advance: Advance) -> list[Damage]:
-    """Everything that is wrong with the step in `path`; notes in it when it was found sound, if it can be written."""
+    """Everything that is wrong with the step in `path`; notes in it what was found and when, if it can be written.
+
+    Raises: Damage if a run deleted it meanwhile.
+    """
     try:
         saved = read_manifest(path).leaves
     except Damage as damage:
@@ -49,9 +53,11 @@ def verify(path: Path, advance: Advance) -> list[Damage]:
         try:
             wrong = changed(batch, _read(path, batch))
             found += [Damage(path, f"checksum of {name} differs from what was saved") for name in wrong]
-        except Damage:  # which of them?
-            found += _unreadable(path, batch)
+        except Damage:
+            found.append(_unreadable(path, batch))
         advance(size_bytes(batch))
+    if not is_committed(path):
+        raise Damage(path, "was deleted while it was read")
     note = {"at": time.time(), "sound": not found}
     try:
         (path / manifest.VERIFIED).write_text(json.dumps(note))
@@ -93,19 +99,16 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     """Writes the parameters alone of the step in `path` of the run in `workdir`, floats in `dtype`, as the run `output`.
 
     Evaluation and generation read it as they read any run; training does not go on from it. The host holds what is written.
-    Raises: UserError (exit code 3) if the step is damaged or the export can't be written.
+    Raises: Damage of the step; UserError (exit code 3) if the export can't be written.
     """
-    try:
-        source = read_manifest(path)
-        cast: dict[str, jax.Array] = {}
-        for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
-            loaded = _read(path, batch)
-            check_sums(path, batch, loaded)
-            floating = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in loaded.items()}
-            cast |= {name: x.astype(dtype) if floating[name] else x for name, x in loaded.items()}
-            advance(size_bytes(batch))
-    except Damage as damage:
-        raise UserError(Problem(str(damage.path), damage.reason, "export another --step"), exit_code=3) from damage
+    source = read_manifest(path)
+    cast: dict[str, jax.Array] = {}
+    for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
+        loaded = _read(path, batch)
+        check_sums(path, batch, loaded)
+        floating = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in loaded.items()}
+        cast |= {name: x.astype(dtype) if floating[name] else x for name, x in loaded.items()}
+        advance(size_bytes(batch))
     with CheckpointStore(output / "checkpoints") as store:
         metadata = source.metadata | {"export": {"dtype": dtype, "from": str(path)}}
         store.save(source.step, cast, metadata=metadata)
@@ -140,15 +143,16 @@ def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     return read_leaves(path, like)
 
 
-def _unreadable(path: Path, batch: Mapping[str, Leaf]) -> list[Damage]:
-    found = []
+def _unreadable(path: Path, batch: Mapping[str, Leaf]) -> Damage:
+    """Which arrays of `batch`, read one by one, are to blame."""
+    bad: dict[str, str] = {}
     for name, leaf in batch.items():
         try:
-            wrong = changed(batch, _read(path, {name: leaf}))
-            found += [Damage(path, f"checksum of {name} differs from what was saved")] if wrong else []
+            bad |= dict.fromkeys(changed(batch, _read(path, {name: leaf})), "checksum differs from what was saved")
         except Damage as damage:
-            found.append(Damage(path, f"{name} can't be read: {damage.reason}"))
-    return found
+            bad[name] = damage.reason
+    names, more = ", ".join([*bad][:3]), f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return Damage(path, f"{names}{more} can't be read: {next(iter(bad.values()), 'but each alone can')}")
 
 
 def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:

@@ -195,8 +195,10 @@ def _describe(leaf: Any) -> str:
     return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def first_line(error: Exception) -> str:
-    """What went wrong, for a line of a log."""
+def first_line(error: BaseException) -> str:
+    """What went wrong in the first place, for a line of a log."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0][:400]}"
 

@@ -21,9 +21,9 @@ def shortages(directory: Path, abstract: Any) -> list[str]:
     free, memory = shutil.disk_usage(directory).free, available_memory_bytes()
     found = []
     if free < 2 * save:
-        found.append(f"{directory} has {gigabytes(free)} free, two checkpoints take {gigabytes(2 * save)}")
+        found.append(f"{directory} has {bytes_text(free)} free, two checkpoints take {bytes_text(2 * save)}")
     if memory is not None and memory < staged:
-        found.append(f"a save copies {gigabytes(staged)} to this host's memory, which has {gigabytes(memory)} left")
+        found.append(f"a save copies {bytes_text(staged)} to this host's memory, which has {bytes_text(memory)} left")
     return found
 
 
@@ -33,5 +33,10 @@ def available_memory_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
+def bytes_text(count: float) -> str:
+    """Three digits and a unit. Example: 15_800_000_000 -> 15.8 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

@@ -97,6 +97,22 @@ class CheckpointStore:
             self._passed_over, self._committed_step = restored.passed_over, restored.step
         return restored
 
+    def warm_up(self, state: Any) -> None:
+        """Does in the background what only a first save would wait for: compiling the checksums, pinning host memory.
+
+        `wait` ends it; until then `state` must not be donated.
+        """
+        named = name_leaves(state)
+
+        def rehearse() -> None:
+            try:
+                checksums(named)
+                stage(named)
+            except jax.errors.JaxRuntimeError as error:
+                log.warning("the state does not fit where saves copy it: %s", first_line(error))
+
+        self._in_flight = self._background.submit(rehearse)
+
     def save(self, step: int, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
         """Starts saving `state` as `step`. Returns once its values are in the host's memory: it may be donated then.
 

@@ -110,6 +110,14 @@ def test_a_flipped_bit_names_its_array_and_hurts_only_those_who_load_it(saved, d
     assert "params.layers.1.kernel" in caplog.text
 
 
+def test_facts_that_changed_beside_sound_arrays_are_damage_too(directory):
+    file = directory / "10" / "step.json"
+    before = file.read_text()
+    assert '"metadata": {"step": 10}' in before
+    file.write_text(before.replace('"metadata": {"step": 10}', '"metadata": {"step": 11}'))
+    assert fall_back(directory)
+
+
 def test_nothing_sound_left_is_an_error_that_lists_what_was_tried(directory):
     for step, name in ((9, "step.json"), (10, "state/manifest.ocdbt")):
         (directory / str(step) / name).unlink()

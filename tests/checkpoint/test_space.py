@@ -124,8 +124,8 @@ def test_what_a_save_needs_is_told_before_the_first_step(tmp_path, monkeypatch):
     huge = 10**15  # elements: no disk and no memory has as much
     like = {"a": jax.ShapeDtypeStruct((huge,), jnp.float32, sharding=place(P("fsdp")))}
     disk, memory = shortages(tmp_path, like)
-    assert disk.startswith(f"{tmp_path} has ") and disk.endswith("two checkpoints take 8e+06 GB")
-    assert "copies 4e+06 GB to this host's memory" in memory, "what data repeats is copied once"
+    assert disk.startswith(f"{tmp_path} has ") and disk.endswith("two checkpoints take 8e+03 TB")
+    assert "copies 4e+03 TB to this host's memory" in memory, "what data repeats is copied once"
     assert shortages(tmp_path, {"a": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place(P()))}) == []
     monkeypatch.setattr(space, "MEMINFO", tmp_path / "none")
     assert len(shortages(tmp_path, like)) == 1

@@ -13,7 +13,7 @@ import pytest
 from absl import logging as absl_logging
 from closed_form import abstract, make_state, next_state, same
 
-from jaxlm.checkpoint import store
+from jaxlm.checkpoint import checksum, store
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
@@ -56,6 +56,18 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints):
         checkpoints.wait()
         restored = checkpoints.restore_latest_good(abstract(state))
         assert restored.step == step and same(restored.state, make_state(3 * step - 2))
+
+
+def test_a_first_save_that_was_rehearsed_compiles_nothing(checkpoints):
+    programs = []
+    for step, width in ((0, 96), (1, 96), (2, 97)):
+        if step == 0:
+            checkpoints.warm_up(small(0, width=width))
+        else:
+            checkpoints.save(step, small(step, width=width))
+        checkpoints.wait()
+        programs.append(checksum._sums._cache_size())
+    assert programs[0] == programs[1] < programs[2] and checkpoints.steps() == [1, 2]
 
 
 def test_a_step_counts_as_committed_only_once_its_save_has_ended(checkpoints, monkeypatch):
