@@ -175,7 +175,8 @@ class Loop:
             jax.transfer_guard("disallow"),
         ):
             self.meter.start(time_s=time.monotonic())
-            while done < train.num_steps and self.stop.exit_code is None:
+            last = self.stop.exit_code is not None
+            while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch, wait_s = self._next(batches, done, state)
                 state, metrics = self.compiled.step(state, batch)
                 done += 1

@@ -18,6 +18,8 @@ import pytest
 import tiny
 
 from jaxlm import evaluate, generate, train
+from jaxlm.checkpoint import __main__ as checkpoint
+from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.config import UserError
@@ -102,6 +104,10 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     for name in ("report.md", "loss.png", "summary.json"):
         assert (unbroken / name).stat().st_size > 500
     assert sorted(int(p.name) for p in (unbroken / "checkpoints").iterdir()) == [18, 21, 24]
+    kept = manifest.read(unbroken / "checkpoints" / "24").metadata
+    assert kept["metrics"] == {"eval_loss": records[-1]["eval_loss"]} and kept["mesh"] == {"data": 4, "fsdp": 2}
+    assert kept["config"]["model"]["vocab_size"] == 257 and kept["versions"]["jax"] == jax.__version__
+    assert manifest.read(unbroken / "checkpoints" / "21").metrics == {}
 
 
 def test_a_pipeline_saves_stops_resumes_samples_and_goes_on_without_one(folder, capsys):
@@ -283,6 +289,14 @@ def test_evaluate_and_generate_read_a_workdir(folder, unbroken, capsys):
         evaluate.main(["--workdir", str(unbroken), "--input", str(folder / "text.txt"), "--json", "--step", "18"]) == 0
     )
     assert json.loads(capsys.readouterr().out)["step"] == 18
+    half = str(folder / "half")
+    assert checkpoint.main(["export", str(unbroken), "--output", half, "--step", "18"]) == 0
+    capsys.readouterr()
+    losses = []
+    for workdir in (str(unbroken), half):
+        evaluate.main(["--workdir", workdir, "--input", str(folder / "text.txt"), "--json", "--step", "18"])
+        losses.append(json.loads(capsys.readouterr().out)["eval_loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=2**-8)  # bfloat16 keeps 8 bits of a parameter
     texts = []
     for seed in ("1", "1", "2"):
         assert (
@@ -323,6 +337,19 @@ def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_ch
         with pytest.raises(UserError, match="checkpoints made with"):
             train.main(command(folder, "unbroken", f"--config.{override}"))
     assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_signal_after_the_loop_has_looked_still_saves(folder, monkeypatch):
+    announce = train.Loop._announce_commits
+
+    def late(self):
+        announce(self)
+        if self._pending and self._pending[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Loop, "_announce_commits", late)
+    assert train.main(command(folder, "late", "--config.checkpoint.every_steps=0")) == 75
+    assert [entry.name for entry in (folder / "late" / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch):

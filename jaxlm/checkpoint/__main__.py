@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
     except Damage as damage:
         remedy = "choose another step; a run that trains deletes old ones"
         raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=EXIT_DAMAGED) from damage
+    except OSError as error:
+        raise UserError(
+            Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
+        ) from error
 
 
 def list_steps(args: argparse.Namespace) -> int:
