@@ -16,6 +16,7 @@ import re
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,9 +72,13 @@ class RunLock:
         try:
             while not self._claim(own):
                 pass
-        except BaseException:
+        except UserError:
             self._file.close()
             raise
+        except OSError as error:
+            self._file.close()
+            remedy = "choose a folder of yours, on a file system that has hard links"
+            raise UserError(Problem(f"--workdir={self.workdir}", f"can't be locked: {error}", remedy)) from error
         finally:
             own.unlink()
         for number in self._numbers():
@@ -86,18 +91,18 @@ class RunLock:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
-        if not self.lost:
-            self._file.seek(0)
-            json.dump(asdict(self._holder) | {"released": True}, self._file)
-            self._file.truncate()
-        self._file.close()
+        with suppress(OSError), self._file:  # if it can't be written: on this machine the kernel tells that we are gone
+            if not self.lost:
+                self._file.seek(0)
+                json.dump(asdict(self._holder) | {"released": True}, self._file)
+                self._file.truncate()
 
     @property
     def lost(self) -> bool:
         """Whether another run has taken over."""
         try:
             self._gone = self._gone or self._numbers()[-1:] != [self._number]
-        except OSError as error:  # a disk that does not answer commits nothing either
+        except OSError as error:  # a commit meets the same disk
             log.warning("whether %s is still held is not known: %s", self.workdir, error)
         return self._gone
 
