@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +22,6 @@ from jaxlm.checkpoint import restore
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
-from jaxlm.data.atomic import open_exclusive
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
 from jaxlm.data.prepare import prepare
@@ -255,18 +254,6 @@ def load_config(workdir: Path) -> Config:
         raise UserError(problem) from e
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(Problem(str(path), f"can't be read: {e}", "mend it, or name another run's folder")) from e
-
-
-def lock_run(workdir: Path) -> BinaryIO:
-    """Holds the workdir for this process until closed, or until the process ends however it ends.
-
-    Raises: UserError (exit 3) if another process of this machine holds it.
-    """
-    lock = open_exclusive(workdir / "lock", wait=False)
-    if lock is None:
-        remedy = "wait for it, stop it, or give this run another --workdir"
-        raise UserError(Problem(f"--workdir={workdir}", "another process is training here", remedy), exit_code=3)
-    return lock
 
 
 def preflight(workdir: Path) -> None:

@@ -7,6 +7,8 @@ four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_a
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -20,6 +22,10 @@ from typing import Any
 
 import jax
 
+import jaxlm
+from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Loader, Prefetch, prefetch
@@ -38,7 +44,6 @@ from jaxlm.session import (
     Corpus,
     compare_with_last_start,
     evaluate_batches,
-    lock_run,
     make_loader,
     open_corpus,
     open_mesh,
@@ -72,20 +77,21 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE.py[:arg]", help="the settings to start from")
     parser.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<config name>)")
+    parser.add_argument("--force-lock", action="store_true", help="take the folder from a run that seems to hold it")
     overrides, others = split_overrides(argv)
     args = parser.parse_args(others)
     resolved = resolve(load_file(args.config), overrides=overrides, presets=PRESETS, file=args.config)
     workdir = args.workdir or Path("runs") / args.config.removesuffix(".py").replace(".py:", "-").rpartition("/")[2]
-    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv])
+    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv], force_lock=args.force_lock)
 
 
-def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
+def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool = False) -> int:
     """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code."""
     config = resolved.config
     preflight(workdir)
     use_device_settings(config)
     with ExitStack() as stack:
-        stack.enter_context(lock_run(workdir))
+        lock = stack.enter_context(RunLock(workdir, force=force_lock))
         progress = stack.enter_context(Progress(num_steps=config.train.num_steps, stream=sys.stdout))
         compare_with_last_start(config, workdir, progress.note)
         open_mesh(config)
@@ -99,16 +105,22 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         program = open_program(config)
         loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
         held_out = open_held_out(config, corpus, progress.note)
-        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
+        kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
         like = abstract_state(program)
-        restored = store.restore_latest(to_layers(program.pipe, like))
+        saved_like = to_layers(program.pipe, like)
+        for shortage in shortages(store.directory, saved_like):
+            progress.note(f"WARNING: {shortage}")
+        restored = store.restore_latest_good(saved_like)
         if restored and restored.step >= config.train.num_steps:
             progress.note(f"already at step {restored.step}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
         state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
         start = restored.step if restored else 0
+        store.warm_up(to_layers(program.pipe, state))
         compiled = build(program, state, loader)
+        store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
         write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
@@ -119,7 +131,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         stop = stack.enter_context(StopSignals(progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
-            progress=progress, stop=stop, meter=make_meter(facts),
+            progress=progress, stop=stop, meter=make_meter(facts), provenance=provenance(config, facts),
         )  # fmt: skip
         try:
             state, code = loop.run(state, start)
@@ -144,6 +156,8 @@ class Loop:
     progress: Progress
     stop: StopSignals
     meter: StepMeter
+    provenance: dict[str, Any]
+    _evaluated: tuple[int, float] | None = field(default=None, init=False)
     _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
@@ -161,7 +175,8 @@ class Loop:
             jax.transfer_guard("disallow"),
         ):
             self.meter.start(time_s=time.monotonic())
-            while done < train.num_steps and self.stop.exit_code is None:
+            last = self.stop.exit_code is not None
+            while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch, wait_s = self._next(batches, done, state)
                 state, metrics = self.compiled.step(state, batch)
                 done += 1
@@ -231,19 +246,24 @@ class Loop:
         count = min(whole, self.program.config.train.eval_batches or whole)
         rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
         result = evaluate_batches(self.compiled.evaluate, state.params, rows)
+        self._evaluated = (step, result.loss)
         self.log.write({"step": step, "eval_loss": result.loss})
         self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
 
     def _save(self, step: int, state: TrainState) -> None:
         self.log.flush()
-        self.store.save(step, to_layers(self.program.pipe, state), metadata={"jax": jax.__version__})
+        evaluated, loss = self._evaluated or (0, 0.0)
+        metrics = {"eval_loss": loss} if evaluated == step else {}
+        self.store.save(step, to_layers(self.program.pipe, state), metadata=self.provenance | {"metrics": metrics})
 
     def _announce_commits(self) -> None:
         for save in self.store.poll():
             if save.error is None:
-                self.progress.note(f"step {save.step}: checkpoint committed in {save.duration_s:.2f} s")
+                waited = f"the run waited {save.blocked_s:.2f} s"
+                self.progress.note(f"step {save.step}: checkpoint committed in {save.duration_s:.2f} s, {waited}")
             else:
-                self.progress.note(f"step {save.step}: ERROR, checkpoint not saved: {save.error}")
+                times = f" ({save.failures} in a row)" if save.failures > 1 else ""
+                self.progress.note(f"step {save.step}: ERROR, checkpoint not saved{times}: {save.error}")
 
 
 class StopSignals:
@@ -271,6 +291,8 @@ class StopSignals:
 def use_device_settings(config: Config) -> None:
     """What must be set before jax takes hold of a device: memory share, compilation cache."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
+    # XLA lends 64 GB of pinned host memory, a ceiling and no reservation; a host of eight GPUs saves and offloads more.
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "65536")
     if config.train.compilation_cache:
         folder = Path(config.train.compilation_cache).expanduser()
         try:
@@ -311,6 +333,14 @@ def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
         return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes + beside
+
+
+def provenance(config: Config, facts: dict) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {"jaxlm": jaxlm.__version__} | {name: importlib.metadata.version(name) for name in packages}
+    devices = f"{facts['devices']} x {facts['device_kind']}"
+    return {"config": dataclasses.asdict(config), "mesh": facts["mesh"], "devices": devices, "versions": versions}
 
 
 def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
