@@ -24,6 +24,7 @@ APPLIES = (
     ("optim.eps", lambda c: c.optim.name in ("adamw", "muon"), "optim.name=adamw or muon"),
     ("optim.decay_roles", lambda c: c.optim.weight_decay > 0, "optim.weight_decay above 0"),
     ("train.sdc_check_every", lambda c: c.train.deterministic, "train.deterministic=true"),
+    ("train.sdc_check_every", lambda c: not c.optim.offload, "optim.offload=false"),
     ("data.text_key", lambda c: bool(c.data.path), "data.path"),
     ("data.split", lambda c: not c.data.eval, "no data.eval"),
     ("log.sample_prompt", lambda c: c.log.sample_tokens > 0, "log.sample_tokens above 0"),

@@ -29,6 +29,7 @@ FILE_S = 2.0  # how long writing the stacks to the workdir may take
 AUTO_S, AUTO_STEPS = 300.0, 20
 # What may take longer than a step, in seconds. Reading settings and preparing data have no limit: they show progress.
 LIMITS_S = {"restore": 3600.0, "compile": 3600.0, "evaluate": 3600.0, "save": 3600.0, "end": 3600.0}
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 STEPPING = ("step", "data wait")
 
 
@@ -53,13 +54,14 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED"):
+        # computing on another thread, XLA may wrap its RESOURCE_EXHAUSTED into an INTERNAL error
+        if type(error).__name__ == "JaxRuntimeError" and any(s in str(error) for s in OUT_OF_MEMORY):
             remedy = (
                 "lower train.batch_size or train.seq_len, raise train.accumulate or mesh.fsdp, or set model.remat=full"
             )
             raise UserError(Problem(f"device memory, {where()}", str(error).split("\n")[0], remedy)) from error
         error.add_note(
-            f"  {where()}\n  the same command goes on from the newest checkpoint; if it ends here again, report this"
+            f"  {where()}\n  the same command goes on from the newest checkpoint; if this comes again, report it"
         )
         raise
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from runs import STEPS, TIMES, assert_bitwise, command, final_state, make_folder, numbers, settings, start
 
 from jaxlm import evaluate, generate, train
 from jaxlm.checkpoint.restore import restore_latest
@@ -24,60 +25,10 @@ from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import load_config, lock_run, open_program
 from jaxlm.step import abstract_state, init_state, make_program
 
-STEPS = 24
-TINY = """
-from ml_collections import ConfigDict
-def get_config():
-    return ConfigDict(dict(
-        model=dict(num_layers=2, embed_dim=32, num_heads=2, max_seq_len=32, dropout=0.1, vocab_multiple=1),
-        train=dict(num_steps={steps}, batch_size=16, eval_every=6, accumulate=2),
-        mesh=dict(data=4, fsdp=2),
-        optim=dict(peak_lr=1e-2, warmup_steps=4),
-        data=dict(path=({text!r},)),
-        checkpoint=dict(every_steps=3),
-        log=dict(tensorboard=False, sample_tokens=8, sample_prompt="the "),
-    ))
-"""
-TIMES = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s"}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    vocabulary = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs\n"]
-    words = random.Random(0).choices(vocabulary, k=4000)
-    (folder / "text.txt").write_text(" ".join(words))
-    (folder / "tiny.py").write_text(TINY.format(steps=STEPS, text=str(folder / "text.txt")))
-    return folder
-
-
-def command(folder: Path, workdir: str, *more: str) -> list[str]:
-    return ["--config", str(folder / "tiny.py"), "--workdir", str(folder / workdir), *more]
-
-
-def start(folder: Path, workdir: str, *more: str) -> subprocess.Popen:
-    args = [sys.executable, "-m", "jaxlm.train", *command(folder, workdir, *more)]
-    return subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
-
-
-def numbers(workdir: Path) -> list[dict]:
-    """Every record without its times, floats as hex: equal means equal to the last bit."""
-    rows = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(workdir)]
-    return [{k: v.hex() if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-
-
-def final_state(workdir: Path):
-    program = open_program(load_config(workdir))
-    restored = restore_latest(workdir / "checkpoints", abstract_state(program))
-    assert restored is not None
-    return restored.state
-
-
-def assert_bitwise(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    return make_folder(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -305,13 +256,59 @@ def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
     assert (unbroken / "report.md").is_file()
 
 
-def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_changes(folder, unbroken):
+@pytest.mark.parametrize(
+    ("overrides", "row", "remedy"),
+    [
+        (["model.embed_dim=64"], "model.embed_dim  32     64", "another --workdir"),
+        (["optim.name=lion"], "optim.name  adamw  lion", "another --workdir"),
+        (["train.batch_size=32"], "train.batch_size  16     32", "resume.allow=train.batch_size"),
+        (["train.seed=1"], "train.seed  0      1", "resume.allow=train.seed"),
+        (["optim.peak_lr=1", "optim.beta1=0"], "optim.peak_lr  0.01   1.0", "resume.allow=optim.peak_lr,optim.beta1"),
+        (["train.num_steps=30"], "train.num_steps  24     30", "resume.allow=train.num_steps"),
+        (["data.skip_steps=20:20"], "data.skip_steps  nothing  20:20", "resume.allow=data.skip_steps"),
+        (["optim.clip_norm=2", "resume.allow=optim.peak_lr"], "optim.clip_norm", "allow=optim.peak_lr,optim.clip_norm"),
+        (["data.path=OTHER"], "data.path", "resume.allow=data.path"),
+    ],
+)
+def test_a_changed_run_is_refused_by_table_before_anything_changes(folder, unbroken, overrides, row, remedy):
     (folder / "other.txt").write_text("something else entirely, " * 200)
     before = {p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "config.json")}
-    for override in ("model.embed_dim=64", f"data.path={folder / 'other.txt'}", "train.batch_size=32", "train.seed=1"):
-        with pytest.raises(UserError, match="its checkpoints"):
-            train.main(command(folder, "unbroken", f"--config.{override}"))
+    more = settings(*(text.replace("OTHER", str(folder / "other.txt")) for text in overrides))
+    with pytest.raises(UserError, match="its checkpoints") as caught:
+        train.main(command(folder, "unbroken", *more))
+    assert "setting" in str(caught.value) and row in str(caught.value) and remedy in str(caught.value)
     assert before == {p: p.read_bytes() for p in before}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.peak_lr=1", "resume.allow=optim.peak_lr"],  # insisted on
+        ["data.skip_steps=25:30"],  # batches that are still to come
+        ["log.every_steps=2", "train.skip_spikes=6", "checkpoint.keep=4"],  # changes no number of a step
+    ],
+)
+def test_what_is_allowed_or_changes_nothing_is_noted_and_goes_on(folder, unbroken, overrides, capsys):
+    assert train.main(command(folder, "unbroken", *settings(*overrides))) == 0
+    said = capsys.readouterr().out
+    for text in overrides:
+        key = text.partition("=")[0]
+        assert (f"changed since the last start: {key} " in said) == (key != "resume.allow")
+    assert f"already at step {STEPS}" in said
+
+
+def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, capsys):
+    corpus = unbroken / "data" / "corpus.bin"
+    whole = corpus.read_bytes()
+    try:
+        corpus.write_bytes(whole[:-2] + b"\x07\x00")
+        with pytest.raises(UserError, match="the token sets are not those") as caught:
+            train.main(command(folder, "unbroken"))
+        assert "0:corpus" in str(caught.value) and "resume.allow=data.path" in str(caught.value)
+        assert train.main(command(folder, "unbroken", *settings("resume.allow=data.path"))) == 0
+    finally:
+        corpus.write_bytes(whole)
+    assert train.main(command(folder, "unbroken")) == 0
 
 
 def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch):

@@ -6,12 +6,10 @@ Devices fail in silence: a core that multiplies wrongly, a cell of memory that f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxlm.config import Problem, UserError
@@ -19,31 +17,40 @@ from jaxlm.config import Problem, UserError
 
 def differing_replicas(tree: Any) -> list[str]:
     """Names of the leaves of `tree` of which two devices hold the same part with different bits."""
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree)}
-    leaves = list(named.values())
-    mesh = leaves[0].sharding.mesh
-    differ = jax.device_get(_compare(mesh, tuple(leaf.sharding for leaf in leaves))(leaves))
-    return [name for name, found in zip(named, differ, strict=True) if found]
+
+    def differs(bits: jax.Array, copied: tuple[str, ...]) -> jax.Array:
+        total = bits.sum(dtype=jnp.uint32)  # a flipped bit moves it by a power of two below 2^32: it cannot be missed
+        return jax.lax.pmax(total, copied) != jax.lax.pmin(total, copied) if copied else jnp.zeros((), bool)
+
+    return _names(differs, tree)
 
 
-def _compare(mesh: Mesh, shardings: tuple[NamedSharding, ...]) -> Any:
-    """A function of leaves -> bool[leaves]: a sum of each part's bits must be one number over the axes it is copied on.
+def differing_leaves(one: Any, other: Any) -> list[str]:
+    """Names of the leaves in which two trees of the same shape and layout differ in a bit, on whatever device."""
 
-    One flipped bit moves the sum by a power of two below 2^32, so it cannot be missed.
-    """
+    def differs(bits: jax.Array, others: jax.Array, copied: tuple[str, ...]) -> jax.Array:
+        return (bits != others).any()
 
-    def check(leaves: list[jax.Array]) -> jax.Array:
+    return _names(differs, one, other)
+
+
+def _names(differs: Callable[..., jax.Array], *trees: Any) -> list[str]:
+    """Names of the leaves for which differs(bits u32 of this device's part in each tree, axes it is copied on) somewhere."""
+    paths, leaves = zip(*jax.tree.leaves_with_path(trees[0]))
+    mesh, specs = leaves[0].sharding.mesh, [leaf.sharding.spec for leaf in leaves]
+
+    def check(*parts: list[jax.Array]) -> jax.Array:
         found = []
-        for leaf, sharding in zip(leaves, shardings, strict=True):
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).sum(dtype=jnp.uint32)
-            split = {axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))}
+        for spec, *ones in zip(specs, *parts, strict=True):
+            split = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
             copied = tuple(axis for axis in mesh.axis_names if axis not in split)
-            differs = jax.lax.pmax(bits, copied) != jax.lax.pmin(bits, copied) if copied else jnp.zeros((), bool)
-            found.append(jax.lax.pmax(differs.astype(jnp.int32), mesh.axis_names))
+            bits = [jax.lax.bitcast_convert_type(one, jnp.uint32) for one in ones]
+            found.append(jax.lax.pmax(differs(*bits, copied).astype(jnp.int32), mesh.axis_names))
         return jnp.stack(found) > 0
 
-    specs = [sharding.spec for sharding in shardings]
-    return jax.jit(jax.shard_map(check, mesh=mesh, in_specs=(specs,), out_specs=Spec(), check_vma=False))
+    run = jax.jit(jax.shard_map(check, mesh=mesh, in_specs=(specs,) * len(trees), out_specs=Spec(), check_vma=False))
+    found = jax.device_get(run(*(jax.tree.leaves(tree) for tree in trees)))
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, yes in zip(paths, found) if yes]
 
 
 def step_twice(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, *, number: int) -> tuple[Any, Any]:
@@ -61,15 +68,3 @@ def step_twice(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: A
     rule = f"bits differ between {', '.join(differ[:3])}" + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
     remedy = "a device or its memory fails: go on from the newest checkpoint, or an older one, on another machine"
     raise UserError(Problem(f"step {number}: train.sdc_check_every", rule, remedy))
-
-
-@jax.jit
-def _equal(one: Any, other: Any) -> list[jax.Array]:
-    bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
-    return [(bits(a) == bits(b)).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
-
-
-def differing_leaves(one: Any, other: Any) -> list[str]:
-    """Names of the leaves in which two trees of the same shape differ in a bit."""
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(one)]
-    return [name for name, equal in zip(names, jax.device_get(_equal(one, other)), strict=True) if not equal]
