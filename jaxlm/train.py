@@ -24,7 +24,7 @@ from jaxlm.compiled import Compiled, build
 from jaxlm.config import Problem, UserError
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
-from jaxlm.guards import Closing, StopSignals, Watchdog, explained
+from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
@@ -324,7 +324,8 @@ def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, c
             note(f"--- the model's writing ---\n{sample}\n---")
         except UserError as e:  # the run is done and saved, whatever this says
             note(f"no sample: {e.problems[0]}")
-    note_report(workdir, note, sample=sample)
+    if code != EXIT_PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
+        note_report(workdir, note, sample=sample)
 
 
 def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path) -> str:

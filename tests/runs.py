@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm import train
 from jaxlm.checkpoint.restore import Restored, restore_latest
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.pipelined import to_layers
@@ -46,11 +48,10 @@ def command(folder: Path, workdir: str, *more: str) -> list[str]:
     return ["--config", str(folder / "tiny.py"), "--workdir", str(folder / workdir), *more]
 
 
-def start(folder: Path, workdir: str, *more: str) -> subprocess.Popen:
+def start(folder: Path, workdir: str, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     args = [sys.executable, "-m", "jaxlm.train", *command(folder, workdir, *more)]
-    return subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
+    environment = (environment or dict(os.environ)) | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def numbers(workdir: Path) -> list[dict]:
@@ -80,3 +81,20 @@ def final_state(workdir: Path) -> Any:
 def assert_bitwise(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def stop_at(folder: Path, workdir: str, stop: int, *more: str, of: int) -> None:
+    """Trains until step `stop`, a step that saves, and leaves as on SIGTERM, in this process; `of`: the steps of the run."""
+
+    def stopping(self, step, state):
+        save(self, step, state)
+        if step == stop and stop < of:
+            signal.raise_signal(signal.SIGTERM)
+
+    save = train.Loop._save
+    train.Loop._save = stopping
+    try:
+        code = train.main(command(folder, workdir, *more))
+    finally:
+        train.Loop._save = save
+    assert code == (0 if stop == of else 75)

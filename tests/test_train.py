@@ -1,13 +1,16 @@
 """A run that is stopped at any moment and started again is the run that never stopped."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from runs import STEPS, TIMES, assert_bitwise, command, final_state, make_folder, numbers, settings, start
+from runs import STEPS, TIMES, assert_bitwise, command, final_state, make_folder, numbers, settings, start, stop_at
 
 from jaxlm import evaluate, generate, train
 from jaxlm.checkpoint.restore import restore_latest
@@ -119,20 +122,39 @@ def test_the_quickstart_killed_at_a_random_moment_equals_its_unbroken_run_to_the
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_and_the_rerun_loses_no_step(folder, unbroken, number, code):
-    name = f"signal-{code}"
-    child = start(folder, name, "--config.checkpoint.every_steps=0")
+def test_sigterm_saves_within_two_steps_and_the_rerun_loses_none(folder, unbroken):
+    child = start(folder, "terminated", "--config.checkpoint.every_steps=0")
     seen = []
     for line in child.stdout:
         seen.append(line)
         if line.startswith("step 2/"):
-            child.send_signal(number)
-    assert child.wait() == code, "".join(seen)
-    last = read_metrics(folder / name)[-1]["step"]
+            child.send_signal(signal.SIGTERM)
+    assert child.wait() == 75, "".join(seen)
+    last = read_metrics(folder / "terminated")[-1]["step"]
+    asked = next(i for i, line in enumerate(seen) if line.startswith("SIGTERM: saving"))
+    assert sum(line.startswith("step ") and "/" in line for line in seen[asked:]) <= 2
     assert 2 <= last < STEPS and any(f"step {last}: checkpoint committed" in line for line in seen)
-    assert train.main(command(folder, name, "--config.checkpoint.every_steps=0")) == 0
-    assert numbers(folder / name) == numbers(unbroken)
+    assert train.main(command(folder, "terminated", "--config.checkpoint.every_steps=0")) == 0
+    assert numbers(folder / "terminated") == numbers(unbroken)
+
+
+def test_ctrl_c_on_a_terminal_saves_and_leaves_with_130_and_no_traceback(folder, unbroken):
+    terminal, screen = pty.openpty()
+    args = [sys.executable, "-m", "jaxlm.train", *command(folder, "interrupted", "--config.checkpoint.every_steps=0")]
+    child = subprocess.Popen(args, stdin=screen, stdout=screen, stderr=screen, preexec_fn=partial(os.login_tty, screen))
+    os.close(screen)
+    seen, pressed = b"", False
+    with contextlib.suppress(OSError):  # how a terminal says that its last process is gone
+        while part := os.read(terminal, 4096):
+            seen += part
+            if b" 2/24" in seen and not pressed:
+                pressed = os.write(terminal, b"\x03") == 1
+    os.close(terminal)
+    assert child.wait() == 130 and b"SIGINT: saving after this step" in seen and b"Traceback" not in seen, seen.decode()
+    last = read_metrics(folder / "interrupted")[-1]["step"]
+    assert 2 <= last < STEPS and f"step {last}: checkpoint committed".encode() in seen
+    assert train.main(command(folder, "interrupted", "--config.checkpoint.every_steps=0")) == 0
+    assert numbers(folder / "interrupted") == numbers(unbroken)
 
 
 def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbroken):
@@ -143,28 +165,11 @@ def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbr
     for name, stops in (("whole", [12, STEPS]), ("broken", [12, 18, STEPS])):
         for stop in stops:
             scan = [] if stop == 12 else ["--config.model.scan_layers=true"]
-            signal_at(folder, name, stop, scan)
+            stop_at(folder, name, stop, *scan, of=STEPS)
     assert numbers(folder / "whole") == numbers(folder / "broken")
     assert_bitwise(final_state(folder / "whole"), final_state(folder / "broken"))
     a, b = ([r["loss"] for r in read_metrics(w) if "loss" in r] for w in (folder / "whole", unbroken))
     np.testing.assert_allclose(a, b, rtol=1e-4)  # f32 reordering, grown over 12 steps at a rate of about 2 a step
-
-
-def signal_at(folder, name, stop, more):
-    """Trains until `stop` and leaves as on SIGTERM, in this process."""
-
-    def stopping(self, step, state):
-        save(self, step, state)
-        if step == stop and stop < STEPS:
-            signal.raise_signal(signal.SIGTERM)
-
-    save = train.Loop._save
-    train.Loop._save = stopping
-    try:
-        code = train.main(command(folder, name, *more))
-    finally:
-        train.Loop._save = save
-    assert code == (0 if stop == STEPS else 75)
 
 
 def test_five_bad_steps_in_a_row_end_the_run_with_exit_4_and_no_bad_state(folder):

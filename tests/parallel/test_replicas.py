@@ -1,21 +1,11 @@
 """One flipped bit, in one copy of one parameter, is found and named."""
 
-import jax
-import numpy as np
 import pytest
 import tiny
 
 from jaxlm.config import UserError
 from jaxlm.parallel.replicas import differing_leaves, differing_replicas, step_twice
 from jaxlm.step import compile_step, init_state, make_program, put_batch
-
-
-def flipped(leaf: jax.Array, *, device: int, bit: int = 3) -> jax.Array:
-    """`leaf` with one bit of the part on one device turned over."""
-    parts = [np.array(shard.data) for shard in leaf.addressable_shards]
-    parts[device].view(np.uint32).flat[parts[device].size // 2] ^= np.uint32(1 << bit)
-    made = [jax.device_put(part, shard.device) for part, shard in zip(parts, leaf.addressable_shards)]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, made)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +26,9 @@ def test_a_bit_flipped_in_one_replica_between_steps_stops_the_run_and_is_named(t
     ):
         for device in (0, 3):
             room, key = name.split(".")
-            broken = {**state.params, room: {**state.params[room], key: flipped(leaf, device=device, bit=bit)}}
+            broken = {**state.params, room: {**state.params[room], key: tiny.flipped(leaf, device=device, bit=bit)}}
             assert differing_replicas(broken) == [name]
-    state.params["embed"]["tokens"] = flipped(state.params["embed"]["tokens"], device=1, bit=bit)
+    state.params["embed"]["tokens"] = tiny.flipped(state.params["embed"]["tokens"], device=1, bit=bit)
     with pytest.raises(UserError, match="step 2: train.sdc_check_every") as caught:
         step_twice(step, state, batch, number=2)
     assert "replicas of embed.tokens" in str(caught.value) and caught.value.exit_code == 2
@@ -52,7 +42,7 @@ def test_a_step_that_computes_another_thing_the_second_time_stops_the_run(traine
         runs.append(None)
         state, metrics = step(state, batch)
         if len(runs) == 2:
-            state.params["final_norm"]["scale"] = flipped(state.params["final_norm"]["scale"], device=2)
+            state.params["final_norm"]["scale"] = tiny.flipped(state.params["final_norm"]["scale"], device=2)
         return state, metrics
 
     with pytest.raises(UserError, match="two runs from one state in params.final_norm.scale"):
@@ -65,5 +55,5 @@ def test_a_step_that_is_checked_is_the_step_that_is_not(trained):
     plain, again = step(init_state(program), batch)
     assert differing_leaves((checked, once), (plain, again)) == []
     state, _ = step(init_state(program), batch)
-    state.params["embed"]["tokens"] = flipped(state.params["embed"]["tokens"], device=3, bit=31)
+    state.params["embed"]["tokens"] = tiny.flipped(state.params["embed"]["tokens"], device=3, bit=31)
     assert differing_leaves(state, plain) == ["params.embed.tokens"]
