@@ -40,7 +40,7 @@ class Closing(ExitStack):
         try:
             return super().__exit__(kind, error, trace)
         except Exception as second:
-            if error is None:
+            if error is None or second.__cause__ is error:  # what `explained` makes of it
                 raise
             print(f"closing after the error below: {type(second).__name__}: {second}", file=sys.stderr)
             return False

@@ -1,6 +1,6 @@
 """Is a run that was stopped and resumed the run that was not, to the last bit, on this machine?
 
-  python scripts/check_resume.py --config configs/gpt2.py:124m --steps 20 [--config.train.deterministic=true] [--config.a.b=v ...]
+  python scripts/check_resume.py --config configs/gpt2.py:124m [--config.train.deterministic=true] [--steps 20]
 
 Three real processes: an unbroken run of --steps steps; one that gets SIGTERM half-way; the same command again, which resumes
 it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s, and exits

@@ -131,6 +131,14 @@ def test_the_first_error_is_the_one_that_gets_out(capsys):
         stack.callback(close)
 
 
+def test_an_explained_error_takes_the_place_of_what_it_explains():
+    JaxRuntimeError = type("JaxRuntimeError", (RuntimeError,), {})
+    with pytest.raises(UserError, match="lower train.batch_size") as caught, Closing() as stack:
+        stack.enter_context(explained(lambda: "steps that count, 3 steps done"))
+        raise JaxRuntimeError("INTERNAL: Out of memory allocating 7 bytes.\nmore")
+    assert str(caught.value).split("\n")[0] == "device memory, steps that count, 3 steps done"
+
+
 def test_an_unforeseen_error_says_where_the_run_was():
     with pytest.raises(KeyError) as caught, explained(lambda: "saves, 41 steps done"):
         raise KeyError("x")

@@ -304,7 +304,7 @@ def with_window(state, program, values, count=WINDOW):
 
 
 def test_a_spike_is_dropped_like_a_nan_and_what_is_usual_is_not():
-    c = tiny.config(train=dict(skip_spikes=6.0))
+    c = tiny.config(num_layers=1, train=dict(skip_spikes=6.0))
     program = make_program(c, tiny.layout())
     step, good = compile_step(program), tiny.batch(c)
     _, metrics = step(init_state(program), put_batch(program, good))
@@ -331,7 +331,7 @@ def test_a_spike_is_dropped_like_a_nan_and_what_is_usual_is_not():
 
 
 def test_the_window_of_spikes_passes_through_json_to_the_last_bit():
-    program = make_program(tiny.config(train=dict(skip_spikes=6.0)), tiny.layout())
+    program = make_program(tiny.config(num_layers=1, train=dict(skip_spikes=6.0)), tiny.layout())
     state = with_window(init_state(program), program, [3.3, 0.7])
     arrays, kept = without_recent(state)
     assert arrays.recent is None
@@ -339,7 +339,10 @@ def test_the_window_of_spikes_passes_through_json_to_the_last_bit():
 
 
 def test_without_spike_skipping_the_state_and_its_checkpoint_have_no_part_of_it():
-    states = [init_state(make_program(tiny.config(train=dict(skip_spikes=s)), tiny.layout())) for s in (0.0, 6.0)]
+    states = [
+        init_state(make_program(tiny.config(num_layers=1, train=dict(skip_spikes=s)), tiny.layout()))
+        for s in (0.0, 6.0)
+    ]
     assert len(jax.tree.leaves(states[1])) == len(jax.tree.leaves(states[0])) + 2 and states[0].recent is None
     names = [list(name_leaves(without_recent(state)[0])) for state in states]
     assert names[0] == names[1]
