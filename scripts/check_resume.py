@@ -2,8 +2,8 @@
 
   python scripts/check_resume.py --config configs/gpt2.py:124m [--config.train.deterministic=true] [--steps 20]
 
-Three real processes: an unbroken run of --steps steps; one that gets SIGTERM half-way; the same command again, which resumes
-it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s, and exits
+Three real processes: an unbroken run of --steps steps; one that gets SIGTERM in its middle step; the same command again, which
+resumes it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s, and exits
 1 if a bit differs.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -60,19 +59,30 @@ def main(argv: Sequence[str]) -> int:
     return 1 if differ or bad else 0
 
 
+STOPPING = """
+import signal, sys
+from jaxlm import train
+from jaxlm.settings import run_main
+
+stop, step = int(sys.argv.pop(1)), train.Loop._step
+
+def stopping(self, number, state, batch):
+    if number == stop:
+        signal.raise_signal(signal.SIGTERM)
+    return step(self, number, state, batch)
+
+train.Loop._step = stopping
+run_main(train.main)
+"""
+
+
 def train(config: str, flags: Sequence[str], workdir: Path, stop: int) -> int:
-    """Exit code of a run that gets SIGTERM once step `stop` is on its log (0: never)."""
-    args = [sys.executable, "-m", "jaxlm.train", "--config", config, "--workdir", str(workdir), *flags]
+    """Exit code of a run that gets SIGTERM in step `stop` (0: never)."""
+    args = [sys.executable, "-c", STOPPING, str(stop), "--config", config, "--workdir", str(workdir), *flags]
     # without preallocation the next process, and this one, find memory that is free
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    child = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    assert child.stdout is not None
-    asked = not stop
-    for line in child.stdout:
-        print(line, end="", file=sys.stderr)
-        if not asked and workdir.is_dir() and any(r["step"] >= stop for r in read_metrics(workdir)):
-            asked = not child.send_signal(signal.SIGTERM)
-    return child.wait()
+    return subprocess.run(
+        args, stdout=sys.stderr, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ).returncode
 
 
 def leaves(workdir: Path) -> list[np.ndarray]:
