@@ -1,7 +1,7 @@
 """What the loop and the tools over a workdir both open: settings, text, the program, batches on devices.
 
-A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl, tensorboard/, report.md, loss.png,
-summary.json.
+A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl, time.jsonl, tensorboard/, report.md,
+loss.png, summary.json, and stacks.txt where the watchdog ended it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
   python scripts/check_resume.py --config configs/gpt2.py:124m [--config.train.deterministic=true] [--steps 20]
 
 Three real processes: an unbroken run of --steps steps; one that gets SIGTERM in its middle step; the same command again, which
-resumes it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s, and exits
-1 if a bit differs.
+resumes it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s,
+and exits 1 if a bit differs.
 """
 
 from __future__ import annotations
