@@ -174,10 +174,9 @@ def test_two_thousand_steps_and_a_hundred_saves_leak_nothing(folder):
     child_ended.set()
     watcher.join()
     assert child.wait() == 0 and step == 2000
-    settled, late = (np.array([used for step, *used in seen if first <= step < first + 300]) for first in (400, 1600))
+    settled, late = (np.array([used for step, *used in seen if first <= step < first + 800]) for first in (200, 1200))
     rss, rss_end = (np.median(part[:, 0]) for part in (settled, late))
-    least, least_end = (
-        part[:, 1:].min(0) for part in (settled, late)
-    )  # a save in flight has threads and files of its own
+    # files and threads that are there nine tenths of the time: a save in flight has some of its own
+    least, least_end = (np.quantile(part[:, 1:], 0.1, axis=0, method="lower") for part in (settled, late))
     print(f"soak: RSS {rss / 2**20:.0f} -> {rss_end / 2**20:.0f} MiB, files and threads {least} -> {least_end}")
     assert rss_end < 1.05 * rss and (least_end <= least).all()

@@ -229,3 +229,5 @@ def test_a_fingerprint_follows_the_tokens_and_not_the_folder(tmp_path: Path) -> 
     assert one == write("b", [[1, 2, 3], [4, 5]]).fingerprint() and one.startswith("5 uint16 tokens, ")
     others = ([[1, 2, 3], [4, 6]], [[1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5], []], [[1, 2, 3], [4, 5], [6]])
     assert len({write("c", documents).fingerprint() for documents in others} | {one}) == 5
+    long = np.zeros(100_000, np.uint16).tolist()  # beyond what is read of either end
+    assert len({write("d", [[k, *long, m]]).fingerprint() for k in (0, 1) for m in (0, 1)}) == 4
