@@ -39,7 +39,7 @@ def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict
         "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
         "jax": jax.__version__,
         "versions": versions(),
-        "data": corpus.fingerprints(),
+        "data": corpus.fingerprints,
         "tokens_per_step": step_tokens,
         "training_tokens": corpus.num_tokens,
         "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),

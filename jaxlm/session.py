@@ -48,6 +48,7 @@ class Corpus:
     def num_tokens(self) -> int:
         return sum(r.num_tokens for r in self.training)
 
+    @property
     def fingerprints(self) -> dict[str, str]:
         """{name of a set: its fingerprint}, in the order of training; the folder a set lies in does not count."""
         sets = [r.dataset for r in self.training]

@@ -104,21 +104,17 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         corpus = open_corpus(config, workdir, progress.note)
         resolved = with_corpus(resolved, corpus, progress.note)
         config = resolved.config
-        compare_data(config, workdir, corpus.fingerprints())
+        compare_data(config, workdir, corpus.fingerprints)
         program = open_program(config)
         loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
         held_out = open_held_out(config, corpus, progress.note)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
         ledger.enter("restore")
-        like, _ = without_recent(abstract_state(program))
-        restored = store.restore_latest(to_layers(program.pipe, like))
-        if restored and restored.step >= config.train.num_steps:
-            progress.note(f"already at step {restored.step}: raise train.num_steps to go on")
+        state, start = resume_or_begin(program, store)
+        if start >= config.train.num_steps:
+            progress.note(f"already at step {start}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
-        state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
-        start, metadata = (restored.step, restored.metadata) if restored else (0, {})
-        state = with_recent(program, state, metadata.get("recent"))
         ledger.enter("compile")
         compiled = build(program, state, loader)
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
@@ -157,6 +153,16 @@ def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None])
     return (
         resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
     )
+
+
+def resume_or_begin(program: Program, store: CheckpointStore) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint, or a new one, and the steps it has behind it."""
+    like, _ = without_recent(abstract_state(program))
+    restored = store.restore_latest(to_layers(program.pipe, like))
+    if restored is None:
+        return init_state(program), 0
+    state = from_layers(program.pipe, restored.state, like)
+    return with_recent(program, state, restored.metadata.get("recent")), restored.step
 
 
 @dataclass
