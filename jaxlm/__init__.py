@@ -5,10 +5,13 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   evaluate.py generate.py report.py             tools over a finished or running workdir
   plan/                                         what a config would do, before any device is touched
   header.py                                     what a run says of itself before its first step
+  compiled.py                                   the step as a compiled program: what it needs and sends
+  resume.py                                     what may change between two starts of a run
   session.py                                    what the loop and the tools both open: data, program, checkpoints
   step.py                                       one update: model x loss x optimizer x mesh
   models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
   parallel/                                     mesh, sharding table, attention over a mesh
+  guards.py                                     signals, watchdog, errors on the way out
   settings.py checks.py config.py               from files and flags to frozen dataclasses
 """
 

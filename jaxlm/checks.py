@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from jaxlm.config import REMAT_NAMES, Config, Problem, get, remat_actions
+from jaxlm.config import REMAT_NAMES, Config, Problem, get, remat_actions, skipped_batches
 
 # (key, whether the rest of the config makes it count, what it needs). Set by the user and not counting is an error.
 APPLIES = (
@@ -23,6 +23,8 @@ APPLIES = (
     ("optim.beta2", lambda c: c.optim.name != "adafactor", "optim.name other than adafactor"),
     ("optim.eps", lambda c: c.optim.name in ("adamw", "muon"), "optim.name=adamw or muon"),
     ("optim.decay_roles", lambda c: c.optim.weight_decay > 0, "optim.weight_decay above 0"),
+    ("train.sdc_check_every", lambda c: c.train.deterministic, "train.deterministic=true"),
+    ("train.sdc_check_every", lambda c: not c.optim.offload, "optim.offload=false"),
     ("data.text_key", lambda c: bool(c.data.path), "data.path"),
     ("data.split", lambda c: not c.data.eval, "no data.eval"),
     ("checkpoint.keep_every", lambda c: c.checkpoint.every_steps > 0, "checkpoint.every_steps above 0"),
@@ -36,7 +38,8 @@ AT_LEAST = {
     "model.num_kv_heads": 1, "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.init_std": 0,
     "model.norm_eps": 0, "train.num_steps": 1, "train.batch_size": 1, "train.seq_len": 1, "train.accumulate": 1,
     "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 1,
-    "train.max_nonfinite_steps": 1, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
+    "train.max_nonfinite_steps": 1, "train.skip_spikes": 0, "train.watchdog_s": -1, "train.preempt_grace_s": 0,
+    "train.sdc_check_every": 0, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
     "checkpoint.keep_every": 0, "checkpoint.keep_best": 0,
     "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
@@ -201,3 +204,14 @@ def _check_run(config: Config, rule: Any) -> None:
         "must be two or three shares, the first above 0: training, evaluation, kept apart",
         "use for example 0.95,0.05",
     )
+    try:
+        skipped_batches(d.skip_steps)
+    except ValueError as e:
+        rule(False, "data.skip_steps", f"is no list of first:last: {e}", "write for example 1200:1500,2000:2010")
+    unknown = [key for key in config.resume.allow if not _is_setting(config, key)]
+    rule(not unknown, "resume.allow", f"no setting is called {', '.join(unknown)}", "name them as section.key")
+
+
+def _is_setting(config: Config, key: str) -> bool:
+    section, _, name = key.partition(".")
+    return hasattr(getattr(config, section, None), name)

@@ -105,7 +105,21 @@ class TrainConfig:
     z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
     loss_chunk_tokens: int = setting(8192, "tokens whose logits exist at one time on a device")
     max_nonfinite_steps: int = setting(
-        5, "steps in a row with a non-finite loss or gradient that end the run with exit 4"
+        5,
+        "updates dropped in a row, for a loss or gradient that is not finite or a spike, that end the run with exit 4",
+    )
+    skip_spikes: float = setting(
+        0.0, "an update is dropped if its loss or gradient norm is this many deviations above the last 128 (0: never)"
+    )
+    watchdog_s: float = setting(
+        -1.0, "seconds without a step that end the run with stacks and exit 124 (-1: 300 or 20 median steps; 0: never)"
+    )
+    preempt_grace_s: float = setting(300.0, "seconds that saving and leaving may take after SIGTERM (0: any)")
+    deterministic: bool = setting(
+        False, "the same bits on a GPU in every run: XLA's deterministic kernels, no autotuning"
+    )
+    sdc_check_every: int = setting(
+        0, "steps between computing one twice and comparing replicas bit by bit; needs room for two states (0: never)"
     )
     compilation_cache: str = setting("", "folder for compiled programs, reused by later runs (empty: none)")
 
@@ -140,6 +154,9 @@ class DataConfig:
     tokenizer: str = setting("bytes", "bytes | chars | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE")
     text_key: str = setting("text", "field of a JSONL object that holds the text")
     mask_eod_loss: bool = setting(False, "positions whose input is the end-of-document token count no loss")
+    skip_steps: tuple[str, ...] = setting(
+        (), "batches never read, as first:last, numbered by the steps that would read them; later ones move up"
+    )
     prefetch: int = setting(2, "batches prepared ahead of the step")
 
 
@@ -149,6 +166,11 @@ class CheckpointConfig:
     keep: int = setting(3, "newest checkpoints kept")
     keep_every: int = setting(0, "checkpoints of steps divisible by this are kept for ever (0: none)")
     keep_best: int = setting(0, "checkpoints with the lowest evaluation loss kept (0: none)")
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    allow: tuple[str, ...] = setting((), "settings that may differ from those the checkpoints were made with")
 
 
 @dataclass(frozen=True)
@@ -168,6 +190,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
     log: LogConfig = LogConfig()
 
 
@@ -218,6 +241,22 @@ def remat_actions(remat: str) -> dict[str, str]:
             raise ValueError(f"{part.strip()!r} is not name=keep, name=offload or name=recompute")
         actions[name] = action
     return actions
+
+
+def skipped_batches(texts: tuple[str, ...]) -> list[tuple[int, int]]:
+    """data.skip_steps as sorted, disjoint [start, stop) of batches, which count from 0. Raises ValueError on anything else.
+
+    Example: skipped_batches(("5:8", "1:1", "7:9")) == [(0, 1), (4, 9)].
+    """
+    ranges: list[tuple[int, int]] = []
+    for first, last in sorted(tuple(map(int, text.split(":", 1))) for text in texts):
+        if not 1 <= first <= last:
+            raise ValueError(f"{first}:{last} must be first:last with 1 <= first <= last")
+        if ranges and first - 1 <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(ranges[-1][1], last))
+        else:
+            ranges.append((first - 1, last))
+    return ranges
 
 
 def derived(config: Config) -> Config:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import jaxlm
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
 from jaxlm.session import Corpus, attention_facts
-from jaxlm.step import Program, abstract_state, num_params
+from jaxlm.step import DETERMINISTIC, Program, abstract_state, num_params
 
 LAYOUT_FILE = "layout.txt"
 
@@ -34,6 +38,8 @@ def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict
         "device_kind": device.device_kind,
         "mesh": {axis: size for axis, size in program.layout.mesh.shape.items() if size > 1},
         "jax": jax.__version__,
+        "versions": versions(),
+        "data": corpus.fingerprints,
         "tokens_per_step": step_tokens,
         "training_tokens": corpus.num_tokens,
         "epochs": round(train.num_steps * step_tokens / max(corpus.num_tokens, 1), 3),
@@ -41,6 +47,19 @@ def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict
         "flops_per_token": flops_per_token(**shape),
         "flops_per_token_causal": flops_per_token(**shape, causal=True),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers, and of jaxlm's own source where it is a git checkout."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {"jaxlm": jaxlm.__version__} | {name: importlib.metadata.version(name) for name in packages}
+    root = Path(jaxlm.__file__).parents[1]
+    if (root / ".git").exists():
+        ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            revision = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            found["jaxlm"] += f" {revision}"
+    return found
 
 
 def header(
@@ -63,6 +82,7 @@ def header(
         ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
         ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),
         ("layout", LAYOUT_FILE + traffic),
+        *((("numbers", "the same bits in every run: " + ", ".join(DETERMINISTIC)),) if t.deterministic else ()),
         ("compiled", f"in {compile_s:.1f} s"),
     )  # fmt: skip
     return "\n".join(f"{name:<11}{text}" for name, text in lines)

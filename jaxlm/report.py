@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.metrics.flops import CONVENTION
+from jaxlm.metrics.ledger import PHASES, Account, read_account
 from jaxlm.metrics.markdown import code, fenced, plain, table
 from jaxlm.metrics.numbers import count_text, duration_text, loss_text
 from jaxlm.metrics.summary import Point, Summary, points, smoothed, summarize
@@ -48,6 +49,7 @@ class Run:
     sample: Mapping[str, Any] | None  # {"step", "text"}
     outcome: Mapping[str, Any] | None
     checkpoint_steps: Sequence[int]
+    time: Account | None
 
 
 def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Mapping[str, Any] | None = None) -> Path:
@@ -101,6 +103,7 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         sample={"step": results.step, "text": sample} if sample is not None else kept_sample,
         outcome=outcome if outcome is not None else kept_outcome,
         checkpoint_steps=sorted(int(name) for name in names if name.isdecimal()),
+        time=read_account(workdir),
     )
 
 
@@ -120,6 +123,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "mfu_convention": CONVENTION,
         "mfu_median_causal": _causal_mfu(run),
         "checkpoint_steps": run.checkpoint_steps,
+        "time": dataclasses.asdict(run.time) | {"productive_frac": run.time.productive_frac} if run.time else None,
         "run": run.facts,
         "changed_settings": {name: _setting(run, name) for name in _changed(run)},
         "sample": run.sample,
@@ -158,6 +162,7 @@ def _markdown(run: Run) -> str:
         "## Result",
         table(("", ""), _result_rows(run)),
         f"Losses are nats per token. MFU counts {plain(CONVENTION)}.",
+        *(("## Where the time went", _time_section(run.time)) if run.time else ()),
         "## What was trained",
         table(("", ""), _section_rows(run)),
         "## What it ran on",
@@ -210,6 +215,17 @@ def _result_rows(run: Run) -> list[tuple[str, str]]:
     }
     outcome = [(plain(str(name)), code(value)) for name, value in (run.outcome or {}).items()]
     return [(name, text) for name, text in rows.items() if text is not None] + outcome
+
+
+def _time_section(time: Account) -> str:
+    rows = [
+        (PHASES[phase], f"{spent_s:,.1f} s", f"{spent_s / time.wall_s:.1%}")
+        for phase, spent_s in time.spent_s.items()
+        if spent_s >= 0.05
+    ]
+    starts = f"{time.starts} starts" if time.starts > 1 else "one start"
+    total = (f"since the first of {starts}", duration_text(time.wall_s), "")
+    return table(("", "time", "share"), [*rows, total])
 
 
 def _mfu_cell(run: Run) -> str:

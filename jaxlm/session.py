@@ -1,7 +1,7 @@
 """What the loop and the tools over a workdir both open: settings, text, the program, batches on devices.
 
-A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl, tensorboard/, report.md, loss.png,
-summary.json.
+A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl, time.jsonl, tensorboard/, report.md,
+loss.png, summary.json, and stacks.txt where the watchdog ended it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import jax
 import numpy as np
 
 from jaxlm.checkpoint import restore
-from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checks import ignored
-from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
+from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get, skipped_batches
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.loader import Batch, Loader
 from jaxlm.data.prepare import prepare
@@ -32,7 +31,7 @@ from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.settings import SCHEMA, from_json, shown
+from jaxlm.settings import SCHEMA, from_json
 from jaxlm.step import Program, abstract_state, make_program
 
 
@@ -47,6 +46,12 @@ class Corpus:
     @property
     def num_tokens(self) -> int:
         return sum(r.num_tokens for r in self.training)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """{name of a set: its fingerprint}, in the order of training; the folder a set lies in does not count."""
+        sets = [r.dataset for r in self.training]
+        return {f"{i}:{Path(s.prefix).name}": s.fingerprint() for i, s in enumerate(sets)}
 
 
 def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Corpus:
@@ -94,7 +99,19 @@ def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Token
         eod=tokenizer.eod,
         mask_eod_loss=config.data.mask_eod_loss,
         vocab_size=config.model.vocab_size,
+        skip=skipped_batches(config.data.skip_steps) if shuffle else (),
     )
+
+
+def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
+    """The evaluation's loader, or None with a note. UserError if evaluations are asked for and no row is held out."""
+    if corpus.held_out:
+        return make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False)
+    if config.train.eval_every:
+        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
+        raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
+    note("no evaluation: data.split and data.eval hold no row out")
+    return None
 
 
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
@@ -165,6 +182,21 @@ def attention_facts(program: Program) -> dict[str, str]:
     return facts
 
 
+def use_device_settings(config: Config) -> None:
+    """What must be set before jax takes hold of a device: memory share, compilation cache."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
+    # XLA lends 64 GB of pinned host memory, a ceiling and no reservation; a host of eight GPUs saves and offloads more.
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "65536")
+    if config.train.compilation_cache:
+        folder = Path(config.train.compilation_cache).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as e:
+            problem = Problem(f"train.compilation_cache={folder}", f"can't be made: {e}", "choose a folder of yours")
+            raise UserError(problem) from e
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def check_accelerator() -> None:
     """Raises UserError where an NVIDIA GPU is present and jax can't use it; JAX_PLATFORMS=cpu says that it is meant."""
     gpus = (
@@ -173,47 +205,6 @@ def check_accelerator() -> None:
     if gpus and not os.environ.get("JAX_PLATFORMS") and jax.default_backend() == "cpu":
         remedy = f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}' (cuda12 for drivers older than 580)"
         raise UserError(Problem(f"{len(gpus)} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))
-
-
-# What must stay as it was while a run has checkpoints: the shape of its state, and which tokens a step reads.
-FIXED = (
-    *(f"model.{key}" for key in ("vocab_size", "vocab_multiple", "num_layers", "num_heads", "num_kv_heads", "head_dim")),
-    *(f"model.{key}" for key in ("embed_dim", "mlp_dim", "max_seq_len", "position", "norm", "embed_norm", "activation")),
-    *(f"model.{key}" for key in ("use_bias", "tie_embeddings")), "optim.name", "train.batch_size", "train.seq_len",
-    "train.seed", "data.path", "data.train", "data.tokenizer", "data.text_key", "data.split", "data.mask_eod_loss",
-)  # fmt: skip
-
-
-def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str], None]) -> None:
-    """Says which settings differ from those this run was last started with.
-
-    Raises: UserError if there are checkpoints and one of FIXED differs: the run would go on as another one.
-    """
-    if not (workdir / "config.json").is_file():
-        return
-    try:
-        before = load_config(workdir)
-    except UserError as e:
-        note(f"settings of the last start can't be compared: {e.problems[0].rule}")
-        return
-    changed = [key for key in SCHEMA if get(before, key) != get(config, key)]
-    changed = [key for key in changed if (key, get(config, key)) != ("model.vocab_size", 0)]  # the tokenizer decides
-    refused = [key for key in changed if key in FIXED] if committed_steps(workdir / "checkpoints") else []
-    if refused:
-        text = "this run has checkpoints made with {}; going on would change its {}"
-        part = {"model": "shape", "optim": "state"}
-        raise UserError(
-            *(
-                Problem(
-                    f"{key}={shown(get(config, key))}",
-                    text.format(shown(get(before, key)) or "nothing", part.get(key.split(".")[0], "data order")),
-                    "set it back, or start another run with another --workdir",
-                )
-                for key in refused
-            )
-        )
-    for key in changed:
-        note(f"changed since the last start: {key} {shown(get(before, key))} -> {shown(get(config, key))}")
 
 
 def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
@@ -257,13 +248,15 @@ def load_config(workdir: Path) -> Config:
 
 
 def preflight(workdir: Path) -> None:
-    """Makes the folder and proves that it takes files. Raises UserError if it does not."""
+    """Makes the folder and proves that it and those in it take files. Raises UserError if one does not."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
-        probe.write_bytes(b"jaxlm")
-        probe.replace(probe.with_suffix(".moved"))
-        probe.with_suffix(".moved").unlink()
+        inside = (workdir / name for name in ("checkpoints", "data", "tensorboard"))
+        for folder in (workdir, *(path for path in inside if path.is_dir())):
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"jaxlm")
+            probe.replace(probe.with_suffix(".moved"))
+            probe.with_suffix(".moved").unlink()
         free = shutil.disk_usage(workdir).free
     except OSError as e:
         raise UserError(Problem(f"--workdir={workdir}", f"can't be written: {e}", "choose a folder of yours")) from e

@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -242,7 +243,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
-    """Exits with what `main(arguments)` returns; a UserError is printed as its three lines and gives its exit code."""
+    """Exits with what `main(arguments)` returns; a UserError is printed as its three lines and gives its exit code.
+
+    Any other error ends the process right after its traceback, the last thing printed: what jax would run at exit may
+    wait for a device that failed.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as e:
@@ -251,6 +256,11 @@ def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception:
+        sys.stdout.flush()
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,17 +32,41 @@ from jaxlm.parallel.working import gradients, working_copies
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
 BATCH_DIMS = ("batch", "seq")
+WINDOW = 128  # steps whose losses and gradient norms say what is usual
+# Per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process without a word.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=[])
+@dataclass(frozen=True)
+class Recent:
+    """The last WINDOW updates that were made. values: f32[2, WINDOW], losses and gradient norms, in a ring; count: i32[]."""
+
+    values: Any
+    count: Any
+
+    def is_usual(self, now: jax.Array, sigmas: float) -> jax.Array:
+        """bool[]: neither value of now f32[2] is more than `sigmas` deviations above the mean; so too before WINDOW updates."""
+        mean, deviation = self.values.mean(1), self.values.std(1)
+        return (now <= mean + sigmas * deviation).all() | (self.count < WINDOW)
+
+    def add(self, now: jax.Array) -> Recent:
+        return Recent(self.values.at[:, self.count % WINDOW].set(now), self.count + 1)
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "skipped", "streak"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "skipped", "streak", "recent"],
+    meta_fields=[],
 )
 @dataclass(frozen=True)
 class TrainState:
     """All that a run carries from step to step and a checkpoint keeps.
 
     step: i32[], batches seen.   params: float32 leaves.   opt_state: optax's.
-    skipped: i32[], steps whose update was dropped for a non-finite loss or gradient; streak: how many of them in a row.
+    skipped: i32[], steps whose update was dropped, their loss or gradient being not finite or a spike; streak: how many of
+    them in a row.   recent: what is no spike, None without train.skip_spikes; a checkpoint has it in its metadata, so that
+    the setting may change.
     """
 
     step: Any
@@ -49,6 +74,7 @@ class TrainState:
     opt_state: Any
     skipped: Any
     streak: Any
+    recent: Recent | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -121,7 +147,27 @@ def init_state(program: Program) -> TrainState:
     made = ends() | {"layers": {i: block(index) for i, index in enumerate(layers)}}
     params = {name: made[name] for name in program.dims}
     zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=program.layout.replicated)
-    return TrainState(zero(), params, opt_init(params), zero(), zero())
+    return with_recent(program, TrainState(zero(), params, opt_init(params), zero(), zero()))
+
+
+def with_recent(program: Program, state: TrainState, saved: dict | None = None) -> TrainState:
+    """`state` with its window of recent updates: as a checkpoint's metadata has it, empty, or none at all."""
+    if not program.config.train.skip_spikes:
+        return state
+    kept = saved or {"values": np.zeros((2, WINDOW)), "count": 0}
+    recent = Recent(np.array(kept["values"], np.float32), np.array(kept["count"], np.int32))
+    return dataclasses.replace(state, recent=jax.device_put(recent, program.layout.replicated))
+
+
+def without_recent(state: TrainState) -> tuple[TrainState, dict]:
+    """(what a checkpoint's arrays are, what goes into its metadata)."""
+    if state.recent is None:
+        return state, {}
+    if isinstance(state.recent.count, jax.ShapeDtypeStruct):
+        return dataclasses.replace(state, recent=None), {}
+    recent = jax.device_get(state.recent)
+    kept = {"values": recent.values.tolist(), "count": int(recent.count)}
+    return dataclasses.replace(state, recent=None), {"recent": kept}
 
 
 def compile_init(program: Program) -> tuple[Callable[[], dict], Callable[[Any], dict], Callable[[Any], Any]]:
@@ -150,7 +196,8 @@ def _init(program: Program) -> TrainState:
     params = _init_params(program)
     params = params if program.pipe is None else slot_shapes(program.pipe, params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, program.optimizer.init(params), zero, zero)
+    recent = Recent(jnp.zeros((2, WINDOW)), zero) if program.config.train.skip_spikes else None
+    return TrainState(zero, params, program.optimizer.init(params), zero, zero, recent)
 
 
 def abstract_state(program: Program) -> TrainState:
@@ -176,11 +223,11 @@ def _shardings(program: Program, shapes: TrainState) -> TrainState:
     moments = optax.tree_map_params(
         program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, moments, whole, whole)
+    return TrainState(whole, params, moments, whole, whole, jax.tree.map(lambda _: whole, shapes.recent))
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """One update from one global batch. A non-finite loss or gradient leaves parameters and optimizer state as they were.
+    """One update from one global batch. One that is not finite, or a spike, leaves parameters and optimizer state alone.
 
     Args:
       batch: tokens and labels i32[B, T], weights f32[B, T], rows of the global batch.
@@ -190,7 +237,11 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     optim = program.config.optim
     loss, tokens, grads = mean_loss_and_grads(program, state.params, batch, state.step)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    good, recent = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.recent
+    if recent is not None:
+        now = jnp.stack([loss, grad_norm])
+        good &= recent.is_usual(now, program.config.train.skip_spikes)
+        recent = jax.tree.map(partial(jnp.where, good), recent.add(now), recent)
     if optim.clip_norm:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -199,12 +250,17 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     before = jax.device_put(state.opt_state, jax.memory.Space.Device) if optim.offload else state.opt_state
     updates, opt_state = program.optimizer.update(grads, before, params)
     params = optax.apply_updates(params, updates)
-    params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, before))
-    streak = jnp.where(finite, 0, state.streak + 1)
-    skipped = state.skipped + jnp.where(finite, 0, 1)
+    params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, before))
+    streak = jnp.where(good, 0, state.streak + 1)
+    skipped = state.skipped + jnp.where(good, 0, 1)
     lr = program.schedule(state.step - state.skipped)
     metrics = StepMetrics(loss, grad_norm, lr, tokens, skipped.astype(jnp.float32), streak.astype(jnp.float32))
-    return TrainState(state.step + 1, params, opt_state, skipped, streak), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped, streak, recent), metrics
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def mean_loss_and_grads(
@@ -293,13 +349,22 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
         in_shardings=(state, Batch(rows, rows, rows)),
         out_shardings=(state, StepMetrics(*(whole for _ in StepMetrics._fields))),
         donate_argnums=0,
+        compiler_options=compiler_options(program),
     )
+
+
+def compiler_options(program: Program) -> dict[str, bool] | None:
+    """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
+    return DETERMINISTIC if program.config.train.deterministic else None
 
 
 def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     params, rows, whole = state_shardings(program).params, batch_sharding(program), program.layout.replicated
     return jax.jit(
-        partial(eval_step, program), in_shardings=(params, Batch(rows, rows, rows)), out_shardings=(whole, whole)
+        partial(eval_step, program),
+        in_shardings=(params, Batch(rows, rows, rows)),
+        out_shardings=(whole, whole),
+        compiler_options=compiler_options(program),
     )
 
 

@@ -8,49 +8,49 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import os
+import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import jaxlm
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.compiled import Compiled, build
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
+from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
 from jaxlm.metrics.chips import peak_flops_per_s
+from jaxlm.metrics.ledger import Ledger, read_account
 from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
-from jaxlm.parallel.describe import bytes_a_device
-from jaxlm.parallel.hlo import Collective, collectives
+from jaxlm.parallel.replicas import step_twice
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
+from jaxlm.resume import compare_data, compare_with_last_start
 from jaxlm.session import (
     Corpus,
-    compare_with_last_start,
     evaluate_batches,
     make_loader,
     open_corpus,
+    open_held_out,
     open_mesh,
     open_program,
     open_tool_program,
     preflight,
     restore_params,
+    use_device_settings,
     with_vocabulary,
 )
 from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
@@ -59,13 +59,14 @@ from jaxlm.step import (
     StepMetrics,
     TrainState,
     abstract_state,
-    compile_eval,
-    compile_step,
+    all_finite,
     init_state,
     put_batch,
+    with_recent,
+    without_recent,
 )
 
-EXIT_NOT_SAVED, EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 3, 4, 75, 130
+EXIT_NOT_SAVED, EXIT_DIVERGED = 3, 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,35 +91,36 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
     config = resolved.config
     preflight(workdir)
     use_device_settings(config)
-    with ExitStack() as stack:
+    with Closing() as stack:
         lock = stack.enter_context(RunLock(workdir, force=force_lock))
-        progress = stack.enter_context(Progress(num_steps=config.train.num_steps, stream=sys.stdout))
+        earlier = read_account(workdir)
+        progress = stack.enter_context(
+            Progress(num_steps=config.train.num_steps, stream=sys.stdout, before_s=earlier.running_s if earlier else 0)
+        )
+        watchdog = stack.enter_context(
+            Watchdog(config.train.watchdog_s, grace_s=config.train.preempt_grace_s, folder=workdir)
+        )
+        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
+        stack.enter_context(explained(lambda: ledger.where))
         compare_with_last_start(config, workdir, progress.note)
         open_mesh(config)
         corpus = open_corpus(config, workdir, progress.note)
-        config = with_vocabulary(config, corpus.tokenizer)
-        if config != resolved.config:
-            resolved = Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
-        if config.model.vocab_size > corpus.tokenizer.vocab_size:
-            unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
-            progress.note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
+        resolved = with_corpus(resolved, corpus, progress.note)
+        config = resolved.config
+        compare_data(config, workdir, corpus.fingerprints)
         program = open_program(config)
         loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
         held_out = open_held_out(config, corpus, progress.note)
         kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
-        like = abstract_state(program)
-        saved_like = to_layers(program.pipe, like)
-        for shortage in shortages(store.directory, saved_like):
-            progress.note(f"WARNING: {shortage}")
-        restored = store.restore_latest_good(saved_like)
-        if restored and restored.step >= config.train.num_steps:
-            progress.note(f"already at step {restored.step}: raise train.num_steps to go on")
+        ledger.enter("restore")
+        state, start = resume_or_begin(program, store, progress.note)
+        if start >= config.train.num_steps:
+            progress.note(f"already at step {start}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
-        state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
-        start = restored.step if restored else 0
-        store.warm_up(to_layers(program.pipe, state))
+        ledger.enter("compile")
+        store.warm_up(as_saved(program, state))
         compiled = build(program, state, loader)
         store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
@@ -131,16 +133,57 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         stop = stack.enter_context(StopSignals(progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
-            progress=progress, stop=stop, meter=make_meter(facts), provenance=provenance(config, facts),
+            progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,
+            made_with=made_with(config, facts),
         )  # fmt: skip
         try:
             state, code = loop.run(state, start)
         except UserError:
             log.flush()
+            ledger.flush()
             note_report(workdir, progress.note)
             raise
+        ledger.enter("end")
         finish(program, state, corpus, workdir, code, progress.note)
+        ledger.flush()
+        progress.note(f"time: {read_account(workdir)}")
     return code
+
+
+def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None]) -> Resolved:
+    """`resolved` with the vocabulary that its tokenizer decides; says if the model has tokens that it will never see."""
+    config = with_vocabulary(resolved.config, corpus.tokenizer)
+    if config.model.vocab_size > corpus.tokenizer.vocab_size:
+        unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
+        note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
+    return (
+        resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
+    )
+
+
+def made_with(config: Config, facts: dict) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
+    devices = f"{facts['devices']} x {facts['device_kind']}"
+    kept = {key: facts[key] for key in ("mesh", "versions", "data")}
+    return kept | {"config": dataclasses.asdict(config), "devices": devices}
+
+
+def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
+    """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
+    like, _ = without_recent(abstract_state(program))
+    saved_like = to_layers(program.pipe, like)
+    for shortage in shortages(store.directory, saved_like):
+        note(f"WARNING: {shortage}")
+    restored = store.restore_latest_good(saved_like)
+    if restored is None:
+        return init_state(program), 0
+    state = from_layers(program.pipe, restored.state, like)
+    return with_recent(program, state, restored.metadata.get("recent")), restored.step
+
+
+def as_saved(program: Program, state: TrainState) -> Any:
+    """The arrays of a checkpoint, a leaf a layer."""
+    return to_layers(program.pipe, without_recent(state)[0])
 
 
 @dataclass
@@ -156,7 +199,8 @@ class Loop:
     progress: Progress
     stop: StopSignals
     meter: StepMeter
-    provenance: dict[str, Any]
+    ledger: Ledger
+    made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
     _evaluated: tuple[int, float] | None = field(default=None, init=False)
     _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
 
@@ -170,6 +214,7 @@ class Loop:
         train = self.program.config.train
         save_every, depth = self.program.config.checkpoint.every_steps, self.program.config.data.prefetch
         done = start
+        self.ledger.resume(start)
         with (
             prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
             jax.transfer_guard("disallow"),
@@ -178,7 +223,7 @@ class Loop:
             last = self.stop.exit_code is not None
             while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch, wait_s = self._next(batches, done, state)
-                state, metrics = self.compiled.step(state, batch)
+                state, metrics = self._step(done + 1, state, batch)
                 done += 1
                 self._read_pending()
                 self._pending = (done, metrics, wait_s)
@@ -191,8 +236,10 @@ class Loop:
                         self._evaluate(done, state)
                     if saves:
                         self._save(done, state)
+                    self.ledger.enter("step", step=done)
                     self.meter.start(time_s=time.monotonic())
                 self._announce_commits()
+            self.ledger.enter("save", step=done)
         self.store.wait()
         self._announce_commits()
         saved = done == 0 or self.store.committed_step == done
@@ -200,8 +247,11 @@ class Loop:
 
     def _next(self, batches: Prefetch, done: int, state: TrainState) -> tuple[Any, float]:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
+        self.ledger.enter("data wait", step=done)
         try:
-            return next(batches)
+            batch = next(batches)
+            self.ledger.enter("step")
+            return batch
         except UserError:
             self._read_pending()
             if done > (self.store.committed_step or 0):
@@ -209,6 +259,12 @@ class Loop:
                 self.store.wait()
                 self._announce_commits()
             raise
+
+    def _step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        every = self.program.config.train.sdc_check_every
+        if every and step % every == 0:
+            return step_twice(self.compiled.step, state, batch, number=step)
+        return self.compiled.step(state, batch)
 
     def _batch(self, index: int) -> Any:
         return put_batch(self.program, self.loader.batch(index))
@@ -225,15 +281,19 @@ class Loop:
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": step * config.train.batch_size * config.train.seq_len}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
+            record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
             self.log.write(record)
             self.progress.update(record)
         if streak:
-            self.progress.note(f"step {step}: loss or gradient not finite, update dropped ({streak} in a row)")
+            shown = f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
+            why = "a spike" if math.isfinite(values["loss"] + values["grad_norm"]) else "not finite"
+            self.progress.note(f"step {step}: {why}: {shown}; update dropped ({streak} in a row)")
+            self.progress.note(f"  it read {self.loader.places(step - 1)}")
         if streak >= config.train.max_nonfinite_steps:
             raise UserError(
                 Problem(
                     f"step {step}: train.max_nonfinite_steps={config.train.max_nonfinite_steps} reached",
-                    f"loss or gradient was not finite {streak} steps in a row; the last good update was step {step - streak}",
+                    f"{streak} updates in a row were dropped; the last good update was step {step - streak}",
                     f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}",
                 ),
                 exit_code=EXIT_DIVERGED,
@@ -242,6 +302,7 @@ class Loop:
     def _evaluate(self, step: int, state: TrainState) -> None:
         if self.held_out is None:
             return
+        self.ledger.enter("evaluate", step=step)
         whole = self.held_out.num_batches or 0
         count = min(whole, self.program.config.train.eval_batches or whole)
         rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
@@ -251,10 +312,18 @@ class Loop:
         self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
 
     def _save(self, step: int, state: TrainState) -> None:
+        self.ledger.enter("save", step=step)
         self.log.flush()
+        if not jax.device_get(all_finite(state.params)):
+            rule = "an update made parameters infinite or not a number: the state is not saved"
+            remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
+            raise UserError(Problem(f"step {step}", rule, remedy), exit_code=EXIT_DIVERGED)
         evaluated, loss = self._evaluated or (0, 0.0)
-        metrics = {"eval_loss": loss} if evaluated == step else {}
-        self.store.save(step, to_layers(self.program.pipe, state), metadata=self.provenance | {"metrics": metrics})
+        facts = {
+            "tokens": step * self.program.config.train.batch_size * self.program.config.train.seq_len,
+            "metrics": {"eval_loss": loss} if evaluated == step else {},
+        }
+        self.store.save(step, as_saved(self.program, state), metadata=self.made_with | facts | without_recent(state)[1])
 
     def _announce_commits(self) -> None:
         for save in self.store.poll():
@@ -264,94 +333,6 @@ class Loop:
             else:
                 times = f" ({save.failures} in a row)" if save.failures > 1 else ""
                 self.progress.note(f"step {save.step}: ERROR, checkpoint not saved{times}: {save.error}")
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; a second Ctrl-C leaves at once."""
-
-    def __init__(self, note: Callable[[str], None]):
-        self.exit_code: int | None = None
-        self._note = note
-
-    def __enter__(self) -> StopSignals:
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.exit_code is not None:
-            os._exit(EXIT_INTERRUPTED)
-        self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
-        self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
-
-
-def use_device_settings(config: Config) -> None:
-    """What must be set before jax takes hold of a device: memory share, compilation cache."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
-    # XLA lends 64 GB of pinned host memory, a ceiling and no reservation; a host of eight GPUs saves and offloads more.
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "65536")
-    if config.train.compilation_cache:
-        folder = Path(config.train.compilation_cache).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as e:
-            problem = Problem(f"train.compilation_cache={folder}", f"can't be made: {e}", "choose a folder of yours")
-            raise UserError(problem) from e
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The step and the evaluation as programs, the seconds they took, the bytes a device needs for the larger of them
-    (None where XLA does not say), and the collectives of a step."""
-
-    step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
-    evaluate: Callable[[Any, Any], Any]
-    seconds: float
-    memory_bytes: int | None
-    collectives: list[Collective]
-
-
-def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
-    """Compiles before the first step, so that nothing compiles, or runs out of memory, in the middle of a run."""
-    begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
-    step = compile_step(program).lower(state, batch).compile()
-    evaluate = compile_eval(program).lower(state.params, batch).compile()
-    needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
-    known = [need for need in needs if need is not None]
-    found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []
-    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None), found)
-
-
-def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
-    """Bytes a device holds while `compiled` runs: arguments, results and temporaries, and what lies `beside` them."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes + beside
-
-
-def provenance(config: Config, facts: dict) -> dict[str, Any]:
-    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    versions = {"jaxlm": jaxlm.__version__} | {name: importlib.metadata.version(name) for name in packages}
-    devices = f"{facts['devices']} x {facts['device_kind']}"
-    return {"config": dataclasses.asdict(config), "mesh": facts["mesh"], "devices": devices, "versions": versions}
-
-
-def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
-    """The evaluation's loader, or None with a note. UserError if evaluations are asked for and no row is held out."""
-    if corpus.held_out:
-        return make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False)
-    if config.train.eval_every:
-        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
-        raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
-    note("no evaluation: data.split and data.eval hold no row out")
-    return None
 
 
 def make_meter(facts: dict) -> StepMeter:
@@ -376,7 +357,8 @@ def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, c
             note(f"--- the model's writing ---\n{sample}\n---")
         except UserError as e:  # the run is done and saved, whatever this says
             note(f"no sample: {e.problems[0]}")
-    note_report(workdir, note, sample=sample)
+    if code != EXIT_PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
+        note_report(workdir, note, sample=sample)
 
 
 def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path) -> str:
@@ -392,9 +374,12 @@ def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path
 
 
 def note_report(workdir: Path, note: Callable[[str], None], *, sample: str | None = None) -> None:
-    """Writes the report and says where it is; nothing before the first logged step."""
-    if read_metrics(workdir):
-        note(f"report: {write_report(workdir, sample=sample)}")
+    """Writes the report and says where it is; nothing before the first logged step. Never ends the run."""
+    try:
+        if read_metrics(workdir):
+            note(f"report: {write_report(workdir, sample=sample)}")
+    except UserError as e:
+        note(f"no report: {e.problems[0]}")
 
 
 if __name__ == "__main__":

@@ -75,10 +75,11 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
             MetricsLog(folder / f"round-{i}", tensorboard=True, resume_step=0) as log,
             Progress(num_steps=steps, stream=io.StringIO()) as progress,
             train.StopSignals(print) as stop,
+            train.Ledger(folder / f"round-{i}") as ledger,
         ):
             loop = WithoutSaves(
                 program=program, compiled=compiled, loader=loader, held_out=None, store=store, log=log,
-                progress=progress, stop=stop, meter=train.make_meter(facts), provenance={},
+                progress=progress, stop=stop, meter=train.make_meter(facts), ledger=ledger,
             )  # fmt: skip
             begin = time.perf_counter()
             state, _ = loop.run(state, 0)

@@ -71,6 +71,7 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
         ({"optim.name": "lion", "optim.eps": "1e-6"}, "optim.eps=1e-06"),
         ({"data.eval": "held_out", "data.split": "0.9,0.1"}, "data.split=(0.9, 0.1)"),
         ({"model.remat": "mlp_gate=keep"}, "model.remat=mlp_gate=keep"),
+        ({"train.sdc_check_every": "10"}, "train.sdc_check_every=10"),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
@@ -96,6 +97,10 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
         ({"optim.decay_roles": "kernels"}, "optim.decay_roles=('kernels',)"),
         ({"data.split": "1"}, "data.split=(1.0,)"),
         ({"train.num_steps": "0"}, "train.num_steps=0"),
+        ({"data.skip_steps": "7:3"}, "data.skip_steps=('7:3',)"),
+        ({"data.skip_steps": "12"}, "data.skip_steps=('12',)"),
+        ({"resume.allow": "optim.lr"}, "resume.allow=('optim.lr',)"),
+        ({"train.watchdog_s": "-2"}, "train.watchdog_s=-2.0"),
     ],
 )
 def test_settings_that_can_not_be_are_refused(overrides, where):

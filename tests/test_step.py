@@ -1,5 +1,6 @@
 """One update is the same number however it is cut up, and a bad one leaves no trace."""
 
+import json
 from functools import partial
 
 import jax
@@ -9,10 +10,21 @@ import pytest
 import tiny
 from flax import nnx
 
+from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.config import REMAT_NAMES
 from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, _unroll
-from jaxlm.step import compile_eval, compile_step, init_state, make_program, mean_loss_and_grads, put_batch
+from jaxlm.step import (
+    WINDOW,
+    compile_eval,
+    compile_step,
+    init_state,
+    make_program,
+    mean_loss_and_grads,
+    put_batch,
+    with_recent,
+    without_recent,
+)
 
 # Relative L2 distance allowed between two orders of the same f32 sums. A gradient leaf is a chain of at most 3 layers x 8
 # matmuls, each a sum of at most 128 terms: errors of 2^-24 add as sqrt(128) in a sum and linearly along the chain.
@@ -283,3 +295,63 @@ def test_evaluation_counts_tokens_and_ignores_z_loss(reference):
 
 def test_a_batch_is_plain_arrays():
     assert Batch._fields == ("tokens", "labels", "weights")
+
+
+def with_window(state, program, values, count=WINDOW):
+    """A state whose last 128 updates had losses and gradient norms around these values, by one part in a hundred."""
+    ring = np.float32(values)[:, None] * np.float32(1 + 0.01 * np.sin(np.arange(WINDOW)))
+    return with_recent(program, state, {"values": ring.tolist(), "count": count})
+
+
+def test_a_spike_is_dropped_like_a_nan_and_what_is_usual_is_not():
+    c = tiny.config(num_layers=1, train=dict(skip_spikes=6.0))
+    program = make_program(c, tiny.layout())
+    step, good = compile_step(program), tiny.batch(c)
+    _, metrics = step(init_state(program), put_batch(program, good))
+    usual = [float(metrics.loss), float(metrics.grad_norm)]
+    signs = np.where(np.arange(good.weights.size).reshape(good.weights.shape) % 2, 1e4, -1e4).astype(np.float32)
+    signs.flat[0] += 1  # counts one token in all, with gradients of ten thousand times the size
+    spike = good._replace(weights=signs)
+
+    def after(batch, values, count=WINDOW):
+        start = with_window(init_state(program), program, values, count)
+        before = jax.device_get((start.params, start.opt_state, start.recent))
+        state, metrics = step(start, put_batch(program, batch))
+        return before, state, metrics
+
+    before, state, metrics = after(good, usual)
+    assert int(metrics.streak) == 0 and int(state.recent.count) == WINDOW + 1
+    assert np.asarray(state.recent.values)[:, 0].tolist() == usual  # the oldest makes room
+    for batch, values in ((spike, [1e9, usual[1]]), (good, [usual[0] * 0.8, 1e9]), (good, [1e9, usual[1] * 0.8])):
+        before, state, metrics = after(batch, values)
+        assert int(metrics.streak) == 1 and int(state.skipped) == 1 and np.isfinite(float(metrics.grad_norm))
+        assert_bitwise(before, (state.params, state.opt_state, state.recent))
+    _, state, metrics = after(good, [usual[0] * 0.8, usual[1] * 0.8], count=WINDOW - 1)
+    assert int(metrics.streak) == 0 and int(state.recent.count) == WINDOW  # nothing is judged by a window in the making
+
+
+def test_the_window_of_spikes_passes_through_json_to_the_last_bit():
+    program = make_program(tiny.config(num_layers=1, train=dict(skip_spikes=6.0)), tiny.layout())
+    state = with_window(init_state(program), program, [3.3, 0.7])
+    arrays, kept = without_recent(state)
+    assert arrays.recent is None
+    assert_bitwise(with_recent(program, arrays, json.loads(json.dumps(kept))["recent"]), state)
+
+
+def test_without_spike_skipping_the_state_and_its_checkpoint_have_no_part_of_it():
+    states = [
+        init_state(make_program(tiny.config(num_layers=1, train=dict(skip_spikes=s)), tiny.layout()))
+        for s in (0.0, 6.0)
+    ]
+    assert len(jax.tree.leaves(states[1])) == len(jax.tree.leaves(states[0])) + 2 and states[0].recent is None
+    names = [list(name_leaves(without_recent(state)[0])) for state in states]
+    assert names[0] == names[1]
+
+
+def test_deterministic_kernels_are_asked_of_xla_and_an_unknown_option_is_an_error_not_an_abort(monkeypatch):
+    c = tiny.config(num_layers=1, train=dict(deterministic=True))
+    plain, asked = (run(tiny.replace(c, train=dict(deterministic=d)), [tiny.batch(c)] * 2)[0] for d in (False, True))
+    assert_bitwise(plain, asked)  # a CPU has no other kernels
+    monkeypatch.setattr("jaxlm.step.DETERMINISTIC", {"xla_gpu_no_such_option": True})
+    with pytest.raises(Exception, match="No such compile option: 'xla_gpu_no_such_option'"):
+        run(c, [tiny.batch(c)])

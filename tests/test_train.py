@@ -1,9 +1,12 @@
 """A run that is stopped at any moment and started again is the run that never stopped."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from runs import STEPS, TIMES, assert_bitwise, command, final_state, make_folder, numbers, settings, start, stop_at
 
 from jaxlm import evaluate, generate, train
 from jaxlm.checkpoint import __main__ as checkpoint
@@ -28,60 +32,10 @@ from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import load_config, open_program
 from jaxlm.step import abstract_state, init_state, make_program
 
-STEPS = 24
-TINY = """
-from ml_collections import ConfigDict
-def get_config():
-    return ConfigDict(dict(
-        model=dict(num_layers=2, embed_dim=32, num_heads=2, max_seq_len=32, dropout=0.1, vocab_multiple=1),
-        train=dict(num_steps={steps}, batch_size=16, eval_every=6, accumulate=2),
-        mesh=dict(data=4, fsdp=2),
-        optim=dict(peak_lr=1e-2, warmup_steps=4),
-        data=dict(path=({text!r},)),
-        checkpoint=dict(every_steps=3),
-        log=dict(tensorboard=False, sample_tokens=8, sample_prompt="the "),
-    ))
-"""
-TIMES = {"step_time_s", "tokens_per_s", "mfu", "data_wait_s"}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    vocabulary = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs\n"]
-    words = random.Random(0).choices(vocabulary, k=4000)
-    (folder / "text.txt").write_text(" ".join(words))
-    (folder / "tiny.py").write_text(TINY.format(steps=STEPS, text=str(folder / "text.txt")))
-    return folder
-
-
-def command(folder: Path, workdir: str, *more: str) -> list[str]:
-    return ["--config", str(folder / "tiny.py"), "--workdir", str(folder / workdir), *more]
-
-
-def start(folder: Path, workdir: str, *more: str) -> subprocess.Popen:
-    args = [sys.executable, "-m", "jaxlm.train", *command(folder, workdir, *more)]
-    return subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
-
-
-def numbers(workdir: Path) -> list[dict]:
-    """Every record without its times, floats as hex: equal means equal to the last bit."""
-    rows = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(workdir)]
-    return [{k: v.hex() if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-
-
-def final_state(workdir: Path):
-    program = open_program(load_config(workdir))
-    restored = restore_latest_good(workdir / "checkpoints", abstract_state(program))
-    assert restored is not None
-    return restored.state
-
-
-def assert_bitwise(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    return make_folder(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -190,20 +144,40 @@ def test_the_quickstart_killed_at_a_random_moment_equals_its_unbroken_run_to_the
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_and_the_rerun_loses_no_step(folder, unbroken, number, code):
-    name = f"signal-{code}"
-    child = start(folder, name, "--config.checkpoint.every_steps=0")
+def test_sigterm_saves_within_two_steps_and_the_rerun_loses_none(folder, unbroken):
+    child = start(folder, "terminated", "--config.checkpoint.every_steps=0")
     seen = []
     for line in child.stdout:
         seen.append(line)
         if line.startswith("step 2/"):
-            child.send_signal(number)
-    assert child.wait() == code, "".join(seen)
-    last = read_metrics(folder / name)[-1]["step"]
+            child.send_signal(signal.SIGTERM)
+    assert child.wait() == 75, "".join(seen)
+    last = read_metrics(folder / "terminated")[-1]["step"]
+    asked = next(i for i, line in enumerate(seen) if line.startswith("SIGTERM: saving"))
+    assert sum(line.startswith("step ") and "/" in line for line in seen[asked:]) <= 2
     assert 2 <= last < STEPS and any(f"step {last}: checkpoint committed" in line for line in seen)
-    assert train.main(command(folder, name, "--config.checkpoint.every_steps=0")) == 0
-    assert numbers(folder / name) == numbers(unbroken)
+    assert train.main(command(folder, "terminated", "--config.checkpoint.every_steps=0")) == 0
+    assert numbers(folder / "terminated") == numbers(unbroken)
+
+
+def test_ctrl_c_on_a_terminal_saves_and_leaves_with_130_and_no_traceback(folder, unbroken):
+    terminal, screen = pty.openpty()
+    login = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    args = ["-m", "jaxlm.train", *command(folder, "interrupted", "--config.checkpoint.every_steps=0")]
+    child = subprocess.Popen([sys.executable, "-c", login, *args], stdin=screen, stdout=screen, stderr=screen)
+    os.close(screen)
+    seen, pressed = b"", False
+    with contextlib.suppress(OSError):  # how a terminal says that its last process is gone
+        while part := os.read(terminal, 4096):
+            seen += part
+            if re.search(rb" ([2-9]|1\d)/24 ", seen) and not pressed:
+                pressed = os.write(terminal, b"\x03") == 1
+    os.close(terminal)
+    assert child.wait() == 130 and b"SIGINT: saving after this step" in seen and b"Traceback" not in seen, seen.decode()
+    last = read_metrics(folder / "interrupted")[-1]["step"]
+    assert 2 <= last < STEPS and f"step {last}: checkpoint committed".encode() in seen
+    assert train.main(command(folder, "interrupted", "--config.checkpoint.every_steps=0")) == 0
+    assert numbers(folder / "interrupted") == numbers(unbroken)
 
 
 def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbroken):
@@ -214,28 +188,11 @@ def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbr
     for name, stops in (("whole", [12, STEPS]), ("broken", [12, 18, STEPS])):
         for stop in stops:
             scan = [] if stop == 12 else ["--config.model.scan_layers=true"]
-            signal_at(folder, name, stop, scan)
+            stop_at(folder, name, stop, *scan, of=STEPS)
     assert numbers(folder / "whole") == numbers(folder / "broken")
     assert_bitwise(final_state(folder / "whole"), final_state(folder / "broken"))
     a, b = ([r["loss"] for r in read_metrics(w) if "loss" in r] for w in (folder / "whole", unbroken))
     np.testing.assert_allclose(a, b, rtol=1e-4)  # f32 reordering, grown over 12 steps at a rate of about 2 a step
-
-
-def signal_at(folder, name, stop, more):
-    """Trains until `stop` and leaves as on SIGTERM, in this process."""
-
-    def stopping(self, step, state):
-        save(self, step, state)
-        if step == stop and stop < STEPS:
-            signal.raise_signal(signal.SIGTERM)
-
-    save = train.Loop._save
-    train.Loop._save = stopping
-    try:
-        code = train.main(command(folder, name, *more))
-    finally:
-        train.Loop._save = save
-    assert code == (0 if stop == STEPS else 75)
 
 
 def test_five_bad_steps_in_a_row_end_the_run_with_exit_4_and_no_bad_state(folder):
@@ -247,7 +204,12 @@ def test_five_bad_steps_in_a_row_end_the_run_with_exit_4_and_no_bad_state(folder
         "--config.checkpoint.every_steps=1",
     )
     out, _ = child.communicate()
-    assert child.returncode == 4 and "Traceback" not in out and "5 steps in a row" in out, out
+    assert (
+        child.returncode == 4
+        and "Traceback" not in out
+        and "5 updates in a row" in out
+        and "it read samples 80..95: corpus token" in out
+    ), out
     state = final_state(folder / "diverged")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
@@ -330,12 +292,27 @@ def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
     assert (unbroken / "report.md").is_file()
 
 
-def test_going_on_with_another_shape_or_other_data_is_refused_before_anything_changes(folder, unbroken):
+@pytest.mark.parametrize(
+    ("overrides", "row", "remedy"),
+    [
+        (["model.embed_dim=64"], "model.embed_dim  32     64", "another --workdir"),
+        (["optim.name=lion"], "optim.name  adamw  lion", "another --workdir"),
+        (["train.batch_size=32"], "train.batch_size  16     32", "resume.allow=train.batch_size"),
+        (["train.seed=1"], "train.seed  0      1", "resume.allow=train.seed"),
+        (["optim.peak_lr=1", "optim.beta1=0"], "optim.peak_lr  0.01   1.0", "resume.allow=optim.peak_lr,optim.beta1"),
+        (["train.num_steps=30"], "train.num_steps  24     30", "resume.allow=train.num_steps"),
+        (["data.skip_steps=20:20"], "data.skip_steps  nothing  20:20", "resume.allow=data.skip_steps"),
+        (["optim.clip_norm=2", "resume.allow=optim.peak_lr"], "optim.clip_norm", "allow=optim.peak_lr,optim.clip_norm"),
+        (["data.path=OTHER"], "data.path", "resume.allow=data.path"),
+    ],
+)
+def test_a_changed_run_is_refused_by_table_before_anything_changes(folder, unbroken, overrides, row, remedy):
     (folder / "other.txt").write_text("something else entirely, " * 200)
     before = {p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "config.json")}
-    for override in ("model.embed_dim=64", f"data.path={folder / 'other.txt'}", "train.batch_size=32", "train.seed=1"):
-        with pytest.raises(UserError, match="checkpoints made with"):
-            train.main(command(folder, "unbroken", f"--config.{override}"))
+    more = settings(*(text.replace("OTHER", str(folder / "other.txt")) for text in overrides))
+    with pytest.raises(UserError, match="its checkpoints") as caught:
+        train.main(command(folder, "unbroken", *more))
+    assert "setting" in str(caught.value) and row in str(caught.value) and remedy in str(caught.value)
     assert before == {p: p.read_bytes() for p in before}
 
 
@@ -350,6 +327,37 @@ def test_a_signal_after_the_loop_has_looked_still_saves(folder, monkeypatch):
     monkeypatch.setattr(train.Loop, "_announce_commits", late)
     assert train.main(command(folder, "late", "--config.checkpoint.every_steps=0")) == 75
     assert [entry.name for entry in (folder / "late" / "checkpoints").iterdir()] == ["4"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.peak_lr=1", "resume.allow=optim.peak_lr"],  # insisted on
+        ["data.skip_steps=25:30"],  # batches that are still to come
+        ["log.every_steps=2", "train.skip_spikes=6", "checkpoint.keep=4"],  # changes no number of a step
+    ],
+)
+def test_what_is_allowed_or_changes_nothing_is_noted_and_goes_on(folder, unbroken, overrides, capsys):
+    assert train.main(command(folder, "unbroken", *settings(*overrides))) == 0
+    said = capsys.readouterr().out
+    for text in overrides:
+        key = text.partition("=")[0]
+        assert (f"changed since the last start: {key} " in said) == (key != "resume.allow")
+    assert f"already at step {STEPS}" in said
+
+
+def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, capsys):
+    corpus = unbroken / "data" / "corpus.bin"
+    whole = corpus.read_bytes()
+    try:
+        corpus.write_bytes(whole[:-2] + b"\x07\x00")
+        with pytest.raises(UserError, match="the token sets are not those") as caught:
+            train.main(command(folder, "unbroken"))
+        assert "0:corpus" in str(caught.value) and "resume.allow=data.path" in str(caught.value)
+        assert train.main(command(folder, "unbroken", *settings("resume.allow=data.path"))) == 0
+    finally:
+        corpus.write_bytes(whole)
+    assert train.main(command(folder, "unbroken")) == 0
 
 
 def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch):

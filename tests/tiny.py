@@ -51,3 +51,11 @@ def replace(config: Config, **sections: dict) -> Config:
     return dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
     )
+
+
+def flipped(leaf: jax.Array, *, device: int, bit: int = 3) -> jax.Array:
+    """`leaf` with one bit of the part on one device turned over."""
+    parts = [np.array(shard.data) for shard in leaf.addressable_shards]
+    parts[device].view(np.uint32).flat[parts[device].size // 2] ^= np.uint32(1 << bit)
+    made = [jax.device_put(part, shard.device) for part, shard in zip(parts, leaf.addressable_shards)]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, made)

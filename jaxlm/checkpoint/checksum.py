@@ -14,6 +14,7 @@ Source of `mix`: the finalizer of MurmurHash3, A. Appleby.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -36,29 +37,43 @@ def checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
     kinds, on as many sets of devices as a pipeline has stages, and its moments may rest in host memory, from where they visit
     the device one at a time.
     """
-    sums = {name: _sums(x, *_mesh_and_spec(x.sharding)) for name, x in named.items()}
-    parts = jax.device_get([[s.data for s in x.addressable_shards if s.replica_id == 0] for x in sums.values()])
-    totals = np.array([sum(int(part[0]) for part in shards) % 2**32 for shards in parts], np.uint32)
+    tables: dict[Any, dict[str, jax.Array]] = defaultdict(dict)
+    for name, x in named.items():
+        mesh, spec = _mesh_and_spec(x.sharding)
+        tables[mesh or x.sharding][name] = _sums(x, mesh, spec)
+    totals = {}
+    for sums in tables.values():  # one array comes to the host for each mesh, not one for each name
+        table = _stack(list(sums.values()))
+        parts = [np.asarray(shard.data) for shard in table.addressable_shards]
+        totals |= zip(sums, np.concatenate(parts, axis=1).sum(1, dtype=np.uint32))
+    found = np.array([totals[name] for name in named], np.uint32)
     if jax.process_count() > 1:
-        totals = multihost_utils.process_allgather(totals).sum(0, dtype=np.uint32)
-    return {name: int(total) for name, total in zip(sums, totals)}
+        found = multihost_utils.process_allgather(found).sum(0, dtype=np.uint32)
+    return {name: int(total) for name, total in zip(named, found)}
+
+
+@jax.jit
+def _stack(sums: list[jax.Array]) -> jax.Array:
+    return jnp.stack(sums)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _sums(x: Any, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
-    """u32[parts]: of each part of `x`, split over `mesh` as `spec` has it, the sum over its words."""
+    """u32[devices]: the sum over the words of each device's part of `x`; 0 where another device has the same part."""
     x = jax.device_put(x, jax.memory.Space.Device)
     if mesh is None:
         return _sum_of_part(x, [0] * x.ndim, x.shape)[None]
     split = split_axes(spec)
     split += [()] * (x.ndim - len(split))
+    copies = tuple(axis for axis in mesh.axis_names if axis not in {axis for axes in split for axis in axes})
 
     def local(part: jax.Array) -> jax.Array:
         starts = [jax.lax.axis_index(axes) * size if axes else 0 for axes, size in zip(split, part.shape)]
-        return _sum_of_part(part, starts, x.shape)[None]
+        first = jax.lax.axis_index(copies) == 0 if copies else True
+        return jnp.where(first, _sum_of_part(part, starts, x.shape), 0)[None]
 
-    parts = PartitionSpec(tuple(axis for axes in split for axis in axes))
-    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=parts, check_vma=False)(x)
+    every = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=every, check_vma=False)(x)
 
 
 def _sum_of_part(x: jax.Array, starts: Sequence[Any], whole: Sequence[int]) -> jax.Array:

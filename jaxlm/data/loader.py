@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -25,8 +26,15 @@ class Batch(NamedTuple):
     weights: Any  # float32[B, T], 1 where the label counts and 0 where not
 
 
+def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
+    """The batch that a step reads, both from 0, where those in `skip`, sorted [start, stop), are never read."""
+    for start, stop in skip:
+        step += stop - start if step >= start else 0
+    return step
+
+
 class Loader:
-    """The batches of `samples`: row r of step s is sample s * batch_size + r.
+    """The batches of `samples`: row r of step s is sample batch_of(s, skip) * batch_size + r.
 
     Unshuffled samples are one epoch in `num_batches` steps, the last filled up with rows of token 0 and weight 0;
     shuffled ones go on for ever and `num_batches` is None.
@@ -34,14 +42,24 @@ class Loader:
     Raises: UserError if `mask_eod_loss` is asked for and there is no `eod`.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, *, eod: int | None, mask_eod_loss: bool, vocab_size: int):
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        *,
+        eod: int | None,
+        mask_eod_loss: bool,
+        vocab_size: int,
+        skip: Sequence[tuple[int, int]] = (),
+    ):
         if mask_eod_loss and eod is None:
             rule = "the tokenizer has no end-of-document token"
             raise UserError(Problem("data.mask_eod_loss=True", rule, "set it to False, or use another tokenizer"))
-        assert batch_size > 0 and vocab_size > 0
+        assert batch_size > 0 and vocab_size > 0 and (samples.shuffle or not skip)
         self.samples = samples
         self.batch_size = batch_size
         self.vocab_size = vocab_size
+        self.skip = skip
         self._masked_token = eod if mask_eod_loss else None
         self.num_batches = None if samples.shuffle else -(-samples.samples_per_epoch // batch_size)
 
@@ -53,7 +71,8 @@ class Loader:
         rows = range(self.batch_size) if rows is None else rows
         assert step >= 0 and (self.num_batches is None or step < self.num_batches)
         assert len(rows) == 0 or (min(rows) >= 0 and max(rows) < self.batch_size)
-        indices = step * self.batch_size + np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
+        first = self.first_sample(step)
+        indices = first + np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
         num_real = len(indices)
         real = np.ones(num_real, bool) if self.samples.shuffle else indices < self.samples.samples_per_epoch
         x_BT1 = np.zeros((num_real, self.samples.seq_len + 1), np.int32)
@@ -64,6 +83,17 @@ class Loader:
         if self._masked_token is not None:
             weights[x_BT1[:, :-1] == self._masked_token] = 0
         return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
+
+    def first_sample(self, step: int) -> int:
+        """The sample that is row 0 of a step; the other rows follow it."""
+        return batch_of(step, self.skip) * self.batch_size
+
+    def places(self, step: int, *, most: int = 4) -> str:
+        """Where the rows of a step come from, as people look it up: its samples, and set and first token of some."""
+        first = self.first_sample(step)
+        rows = [self.samples.locate(index) for index in range(first, first + min(most, self.batch_size))]
+        named = ", ".join(f"{Path(dataset.prefix).name} token {position}" for dataset, position in rows)
+        return f"samples {first}..{first + self.batch_size - 1}: {named}" + (", ..." if self.batch_size > most else "")
 
     def _refuse_token(self, x_BT1: np.ndarray, indices: np.ndarray) -> NoReturn:
         row, column = np.argwhere(x_BT1.view(np.uint32) >= self.vocab_size)[0].tolist()

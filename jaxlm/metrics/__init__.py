@@ -2,6 +2,7 @@
 
 writer.py    MetricsLog and read_metrics: WORKDIR/metrics.jsonl and TensorBoard, cut back on resume, never fatal
 meter.py     StepMeter: time stamps of steps -> step_time_s, tokens_per_s, mfu, data_wait_s
+ledger.py    Ledger and read_account: where the time of a run went, over all its starts
 flops.py     FLOPs per token and MFU, with the convention they are quoted under
 chips.py     dense bf16 peak of each chip, with its source
 progress.py  Progress: one live line on a terminal, readable plain lines in a log

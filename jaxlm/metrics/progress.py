@@ -28,7 +28,8 @@ class Progress:
 
     On a terminal: one line rewritten in place, never wider than the terminal. Elsewhere: the first ten records, then
     at most one every two seconds, and always the last. A stream that was closed on the other side (`| head`) ends the
-    output, not the run. Methods may be called from any thread. `clock` is `time.monotonic`, or a test's.
+    output, not the run. Methods may be called from any thread.
+    before_s: what earlier starts of the run took. `clock` is `time.monotonic`, or a test's.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Progress:
         num_steps: int,
         start_step: int = 0,
         stream: TextIO,
+        before_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._num_steps = num_steps
@@ -44,6 +46,7 @@ class Progress:
         self._stream: TextIO | None = stream
         self._clock = clock
         self._start_s = clock()
+        self._before_s = before_s
         self._shown_s = -float("inf")
         self._num_shown = 0
         self._record: Mapping[str, Any] | None = None
@@ -130,7 +133,7 @@ class Progress:
     def _eta_text(self, step: int) -> str:
         elapsed_s = self._clock() - self._start_s
         if step >= self._num_steps:
-            return f"took {duration_text(elapsed_s)}"
+            return f"took {duration_text(self._before_s + elapsed_s)}"
         if self._step_times_s:  # the median, so that a slow first step or a pause does not move it
             step_time_s = statistics.median(self._step_times_s)
         else:

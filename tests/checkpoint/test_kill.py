@@ -57,7 +57,8 @@ def test_every_step_reported_committed_survives_kill_9(tmp_path, kills):
             expected = make_state(step, width=WIDTH)
             assert same(restore(directory, abstract(expected), step=step).state, expected)
     print(f"{kills} kills, {in_flight} in the middle of a save, {torn} left files of one; 0 of {reported} commits lost")
-    assert in_flight >= 0.75 * kills and torn, "the kills must fall into saves to mean anything"
+    share = 0.75 if kills >= 100 else 0.5  # seven of eight are expected; of a few kills chance takes more
+    assert in_flight >= share * kills and torn, "the kills must fall into saves to mean anything"
     with CheckpointStore(directory, retention=Retention(2)) as store:
         assert store.steps()[-1] >= newest
         assert sorted(entry.name for entry in directory.iterdir()) == sorted(map(str, store.steps()))

@@ -215,3 +215,19 @@ def test_a_token_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_dtype_follows_megatrons_limit() -> None:
     assert [optimal_dtype(size).name for size in (257, 65499, 65500, 65536)] == ["uint16", "uint16", "int32", "int32"]
+
+
+def test_a_fingerprint_follows_the_tokens_and_not_the_folder(tmp_path: Path) -> None:
+    def write(folder: str, documents: list[list[int]]) -> IndexedDataset:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        with IndexedWriter(tmp_path / folder / "set", dtype=np.uint16) as writer:
+            for document in documents:
+                writer.add_document(document)
+        return IndexedDataset(tmp_path / folder / "set")
+
+    one = write("a", [[1, 2, 3], [4, 5]]).fingerprint()
+    assert one == write("b", [[1, 2, 3], [4, 5]]).fingerprint() and one.startswith("5 uint16 tokens, ")
+    others = ([[1, 2, 3], [4, 6]], [[1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5], []], [[1, 2, 3], [4, 5], [6]])
+    assert len({write("c", documents).fingerprint() for documents in others} | {one}) == 5
+    long = np.zeros(100_000, np.uint16).tolist()  # beyond what is read of either end
+    assert len({write("d", [[k, *long, m]]).fingerprint() for k in (0, 1) for m in (0, 1)}) == 4

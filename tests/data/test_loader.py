@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from jaxlm.config import UserError
-from jaxlm.data.loader import Batch, Loader, prefetch
+from jaxlm.config import UserError, skipped_batches
+from jaxlm.data.loader import Batch, Loader, batch_of, prefetch
 from jaxlm.data.samples import Samples, TokenRange
 
 EOD = 99
@@ -46,6 +47,25 @@ def test_row_r_of_step_s_is_sample_s_times_b_plus_r(write_set: Callable) -> None
     assert (batch.weights == 1).all()
     assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32]
     assert all(x.flags.c_contiguous for x in batch)
+
+
+def test_skipped_batches_are_never_read_and_all_others_are_in_order(write_set: Callable) -> None:
+    skip = skipped_batches(("21:23", "3:3", "5:8", "7:9", "22:22"))
+    assert skip == [(2, 3), (4, 9), (20, 23)]
+    read = [batch_of(step, skip) for step in range(30)]
+    assert read == [i for i in range(60) if not any(start <= i < stop for start, stop in skip)][:30]
+    plain, skipping = make_loader(write_set, shuffle=True), make_loader(write_set, shuffle=True, skip=skip)
+    for step in (0, 2, 3, 11, 29):
+        assert_equal(skipping.batch(step), plain.batch(read[step]))
+        assert skipping.first_sample(step) == 8 * read[step]
+
+
+def test_the_places_of_a_step_lead_to_its_rows(write_set: Callable) -> None:
+    loader = make_loader(write_set, shuffle=True)
+    text, batch = loader.places(3), loader.batch(3)
+    assert text.startswith("samples 24..31: ") and text.endswith(", ...")
+    for row, position in enumerate(map(int, re.findall(r" token (\d+)", text))):
+        assert np.array_equal(loader.samples.ranges[0].dataset.tokens[position : position + 6], batch.tokens[row])
 
 
 def test_an_evaluation_reads_each_window_once_and_pads_with_weight_0(write_set: Callable) -> None:

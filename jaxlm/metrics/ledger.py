@@ -1,0 +1,176 @@
+"""Where the time of a run went, over all its starts: WORKDIR/time.jsonl, and the account made from it.
+
+A line is one JSON object: `start`, when its process began (seconds since 1970), and `spent`, seconds by phase since the line
+before. A line that holds steps says which: `first`, done before them, and `last`. Lines are appended every few seconds and
+before each save, so that a kill loses seconds and a resumed run knows what the steps that it makes again had cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlm.metrics.numbers import duration_text
+
+FILE_NAME = "time.jsonl"
+EVERY_S = 10.0
+
+# What a run spends its time on, in reading order. "lost" and "down" are found afterwards.
+PHASES = {
+    "step": "steps that count",
+    "lost": "steps made again after a kill",
+    "data wait": "waiting for a batch",
+    "evaluate": "evaluations",
+    "save": "saves, as far as they block",
+    "init": "settings and data",
+    "restore": "restoring or making the state",
+    "compile": "compiling",
+    "end": "sample and report",
+    "down": "between two starts",
+}
+
+
+class Ledger:
+    """Accounts for the time of one start of a run, phase by phase; a context manager.
+
+    `enter` ends the phase before. Nothing that fails while writing ends the run: the time is added to the next line.
+    on_enter is told every phase. `clock` counts seconds, `wall_clock` says when a start began.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        on_enter: Callable[[str], None] = lambda phase: None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        self._path, self._on_enter, self._clock = workdir / FILE_NAME, on_enter, clock
+        self._start = wall_clock()
+        self._phase, self._since_s, self._written_s = "init", clock(), clock()
+        self._spent: dict[str, float] = {}
+        self._first = self._last = 0
+        self._write()
+        on_enter("init")
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.flush()
+
+    @property
+    def where(self) -> str:
+        """Where the run is, in words."""
+        return f"{PHASES[self._phase]}, {self._last} steps done"
+
+    def resume(self, step: int) -> None:
+        """Steps count from here: the state is that after `step`."""
+        self._first = self._last = step
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """The run begins with `phase`; `step` steps are done."""
+        assert phase in PHASES, phase
+        now = self._clock()
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since_s
+        self._phase, self._since_s = phase, now
+        self._last = self._last if step is None else step
+        self._on_enter(phase)
+        if now - self._written_s > EVERY_S or phase == "save":  # a save ends a line: what a resume keeps is whole lines
+            self._write()
+
+    def flush(self) -> None:
+        """Writes down all that was spent until now."""
+        self.enter(self._phase)
+        self._write()
+
+    def _write(self) -> None:
+        line: dict[str, Any] = {"start": round(self._start, 3)}
+        if self._last > self._first:
+            line |= {"first": self._first, "last": self._last}
+        line["spent"] = {phase: round(spent_s, 6) for phase, spent_s in self._spent.items()}
+        with contextlib.suppress(OSError), open(self._path, "ab") as file:
+            file.write(b"\n" + json.dumps(line).encode())  # the newline first: it also ends a line that a kill tore
+            self._spent, self._first, self._written_s = {}, self._last, self._clock()
+
+
+@dataclass(frozen=True)
+class Account:
+    """Seconds of a run by phase, which add up to `wall_s`, and how often it was started."""
+
+    starts: int
+    wall_s: float
+    spent_s: dict[str, float]
+
+    @property
+    def productive_frac(self) -> float:
+        """Goodput: the share of the time since the first start that went into steps that count."""
+        return self.spent_s.get("step", 0.0) / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def running_s(self) -> float:
+        """Time in which the run was running."""
+        return self.wall_s - self.spent_s.get("down", 0.0)
+
+    def __str__(self) -> str:
+        starts = f"{self.starts} starts" if self.starts > 1 else "one start"
+        parts = [f"{duration_text(self.wall_s)} since the first of {starts}"]
+        parts.append(f"{self.productive_frac:.1%} in steps that count")
+        parts += [f"{phase} {s:.1f} s" for phase, s in self.spent_s.items() if phase != "step" and s >= 0.05]
+        return ", ".join(parts)
+
+
+@dataclass
+class _Totals:
+    """Sums over lines as they are read; `spans`: (first, last, seconds) of steps that nothing has undone."""
+
+    spent_s: dict[str, float] = field(default_factory=dict)
+    spans: list[tuple[int, int, float]] = field(default_factory=list)
+    end_s: float = 0.0  # wall clock at the end of what was read
+    starts: list[float] = field(default_factory=list)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.spent_s[phase] = self.spent_s.get(phase, 0.0) + seconds
+
+    def undo(self, step: int) -> None:
+        """Steps after `step` are made again: what they took is lost."""
+        kept = []
+        for first, last, spent_s in self.spans:
+            share = min(max((last - step) / (last - first), 0.0), 1.0)
+            self.add("lost", spent_s * share)
+            self.add("step", -spent_s * share)
+            if share < 1:
+                kept.append((first, min(last, step), spent_s * (1 - share)))
+        self.spans = kept
+
+    def read(self, line: dict[str, Any]) -> None:
+        start, spent = line["start"], line["spent"]
+        if not self.starts or start != self.starts[-1]:
+            if self.starts:
+                self.add("down", max(start - self.end_s, 0.0))
+            self.starts.append(start)
+            self.end_s = max(start, self.end_s)
+        if "first" in line:
+            if self.spans and self.spans[-1][1] > line["first"]:
+                self.undo(line["first"])
+            self.spans.append((line["first"], line["last"], spent.get("step", 0.0)))
+        for phase, seconds in spent.items():
+            self.add(phase, seconds)
+        self.end_s += sum(spent.values())
+
+
+def read_account(workdir: str | Path) -> Account | None:
+    """The account of the run in `workdir`, None if it kept none; a line that is torn or damaged is passed over."""
+    path, totals = Path(workdir) / FILE_NAME, _Totals()
+    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            totals.read(json.loads(text))
+    if not totals.starts:
+        return None
+    spent_s = {phase: max(totals.spent_s.get(phase, 0.0), 0.0) for phase in PHASES}
+    return Account(len(totals.starts), sum(spent_s.values()), spent_s)
