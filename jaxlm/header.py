@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
+from jaxlm.data.corpus import Corpus
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
-from jaxlm.session import Corpus, attention_facts
+from jaxlm.session import attention_facts
 from jaxlm.step import Program, abstract_state, num_params
 
 LAYOUT_FILE = "layout.txt"

@@ -23,10 +23,8 @@ from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.atomic import open_exclusive
-from jaxlm.data.indexed import IndexedDataset
-from jaxlm.data.loader import Batch, Loader
-from jaxlm.data.prepare import prepare
-from jaxlm.data.samples import Samples, TokenRange, split_ranges
+from jaxlm.data.corpus import same_weights
+from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
@@ -37,45 +35,6 @@ from jaxlm.settings import SCHEMA, from_json, shown
 from jaxlm.step import Program, abstract_state, make_program
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The text of a run: what to train on, what to hold out, and how it is spelled."""
-
-    tokenizer: Tokenizer
-    training: tuple[TokenRange, ...]
-    held_out: tuple[TokenRange, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(r.num_tokens for r in self.training)
-
-
-def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Corpus:
-    """Tokenizes data.path into workdir/data on first use, or opens data.train and data.eval.
-
-    Raises: UserError if a file is missing, malformed, changed since it was tokenized, or too short for a row.
-    """
-    data = config.data
-    if data.path:
-        ready = prepare(
-            data.path, tokenizer_spec=data.tokenizer, text_key=data.text_key, folder=workdir / "data", log=log
-        )  # fmt: skip
-        tokenizer, prefixes = ready.tokenizer, (ready.prefix,)
-    else:
-        tokenizer, prefixes = load_tokenizer(data.tokenizer), data.train
-    sets = [IndexedDataset(prefix) for prefix in prefixes]
-    if data.eval:
-        return Corpus(tokenizer, tuple(map(whole, sets)), tuple(whole(IndexedDataset(prefix)) for prefix in data.eval))
-    cuts = [split_ranges(s.num_tokens, shares=data.split) for s in sets]
-    training, held_out = (tuple(TokenRange(s, *cut[i]) for s, cut in zip(sets, cuts)) for i in (0, 1))
-    return Corpus(tokenizer, training, tuple(r for r in held_out if r.num_tokens > config.train.seq_len))
-
-
-def whole(dataset: IndexedDataset) -> TokenRange:
-    """All tokens of a set."""
-    return TokenRange(dataset, 0, dataset.num_tokens)
-
-
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """`config` with model.vocab_size from the tokenizer where it was left open. Raises UserError if it is too small."""
     size = config.model.vocab_size
@@ -84,18 +43,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         raise UserError(Problem(f"model.vocab_size={size}", text, "leave it out, or name the tokenizer of this model"))
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
-
-
-def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Tokenizer, *, shuffle: bool) -> Loader:
-    """Global batches over `ranges`: shuffled by train.seed without end, or in file order once."""
-    train = config.train
-    return Loader(
-        Samples(ranges, seq_len=train.seq_len, seed=train.seed, shuffle=shuffle),
-        train.batch_size,
-        eod=tokenizer.eod,
-        mask_eod_loss=config.data.mask_eod_loss,
-        vocab_size=config.model.vocab_size,
-    )
 
 
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
@@ -112,10 +59,10 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    choose_attention(config.model, layout.platform)
+    choose_attention(config.model, layout.platform, documents=config.data.separates)
     choose_context(layout, config.model, config.train.seq_len)
     shards, train = layout.num_row_shards, config.train
-    rows = train.batch_size // train.accumulate
+    rows = train.batch_unit // train.accumulate
     if rows % shards:
         over = "*".join(f"mesh.{axis}" for axis in layout.split("batch"))
         text = f"/ train.accumulate={train.accumulate} = {rows} rows do not split over {over} = {shards}"
@@ -160,7 +107,8 @@ def _fits(mesh: MeshConfig) -> bool:
 def attention_facts(program: Program) -> dict[str, str]:
     """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
     model, layout = program.config.model, program.layout
-    facts = {"attention": str(choose_attention(model, layout.platform))}
+    documents = program.config.data.separates
+    facts = {"attention": str(choose_attention(model, layout.platform, documents=documents))}
     if layout.split("seq"):
         facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
     return facts
@@ -181,7 +129,9 @@ FIXED = (
     *(f"model.{key}" for key in ("vocab_size", "vocab_multiple", "num_layers", "num_heads", "num_kv_heads", "head_dim")),
     *(f"model.{key}" for key in ("embed_dim", "mlp_dim", "max_seq_len", "position", "norm", "embed_norm", "activation")),
     *(f"model.{key}" for key in ("use_bias", "tie_embeddings")), "optim.name", "train.batch_size", "train.seq_len",
-    "train.seed", "data.path", "data.train", "data.tokenizer", "data.text_key", "data.split", "data.mask_eod_loss",
+    "train.seed", "train.batch_ramp",
+    *(f"data.{key}" for key in ("path", "train", "tokenizer", "text_key", "split", "mask_eod_loss", "order", "packing")),
+    *(f"data.{key}" for key in ("reset_at_eod", "seq_lens", "fim_rate", "fim_spm_rate", "fim_tokens")),
 )  # fmt: skip
 
 
@@ -199,7 +149,11 @@ def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str],
         return
     changed = [key for key in SCHEMA if get(before, key) != get(config, key)]
     changed = [key for key in changed if (key, get(config, key)) != ("model.vocab_size", 0)]  # the tokenizer decides
-    refused = [key for key in changed if key in FIXED] if committed_steps(workdir / "checkpoints") else []
+    steps = max(committed_steps(workdir / "checkpoints"), default=0)
+    fixed = FIXED + (("train.num_steps",) if config.data.order == "megatron" else ())  # which shuffles all steps as one
+    refused = [key for key in changed if key in fixed] if steps else []
+    if same_weights(before.data.train, config.data.train, steps=steps):
+        refused = [key for key in refused if key != "data.train"]
     if refused:
         text = "this run has checkpoints made with {}; going on would change its {}"
         part = {"model": "shape", "optim": "state"}

@@ -22,6 +22,7 @@ import jax
 
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Config, Problem, UserError
+from jaxlm.data.corpus import Corpus, evaluation_loader, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
@@ -35,12 +36,9 @@ from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
 from jaxlm.session import (
-    Corpus,
     compare_with_last_start,
     evaluate_batches,
     lock_run,
-    make_loader,
-    open_corpus,
     open_mesh,
     open_program,
     open_tool_program,
@@ -97,7 +95,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
             unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
             progress.note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
         program = open_program(config)
-        loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+        loader = training_loader(config, corpus)
         held_out = open_held_out(config, corpus, progress.note)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
         like = abstract_state(program)
@@ -138,7 +136,7 @@ class Loop:
     program: Program
     compiled: Compiled
     loader: Loader
-    held_out: Loader | None
+    held_out: dict[str, Loader]
     store: CheckpointStore
     log: MetricsLog
     progress: Progress
@@ -225,14 +223,21 @@ class Loop:
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        if self.held_out is None:
-            return
-        whole = self.held_out.num_batches or 0
-        count = min(whole, self.program.config.train.eval_batches or whole)
-        rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
-        result = evaluate_batches(self.compiled.evaluate, state.params, rows)
-        self.log.write({"step": step, "eval_loss": result.loss})
-        self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
+        """The loss on every set, each by its name, and eval_loss over the tokens of all."""
+        found = {}
+        for name, held_out in self.held_out.items():
+            whole = held_out.num_batches or 0
+            count = min(whole, self.program.config.train.eval_batches or whole)
+            rows = (put_batch(self.program, held_out.batch(i)) for i in range(count))
+            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows)
+            of = f" of {name}" if name else ""
+            self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
+        if found:
+            tokens = max(sum(result.tokens for result in found.values()), 1)
+            mean = sum(result.loss * (result.tokens / tokens) for result in found.values())
+            self.log.write(
+                {"step": step, "eval_loss": mean} | {f"eval_loss_{n}": r.loss for n, r in found.items() if n}
+            )
 
     def _save(self, step: int, state: TrainState) -> None:
         self.log.flush()
@@ -313,15 +318,16 @@ def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
     return held + memory.temp_size_in_bytes + beside
 
 
-def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
-    """The evaluation's loader, or None with a note. UserError if evaluations are asked for and no row is held out."""
-    if corpus.held_out:
-        return make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False)
+def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> dict[str, Loader]:
+    """A loader for each set to evaluate on, by name; for none, a note. UserError if evaluations are asked for then."""
+    if corpus.evaluation:
+        sets = corpus.evaluation.items()
+        return {name: evaluation_loader(config, parts, corpus.tokenizer) for name, parts in sets}
     if config.train.eval_every:
         where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
         raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
     note("no evaluation: data.split and data.eval hold no row out")
-    return None
+    return {}
 
 
 def make_meter(facts: dict) -> StepMeter:
