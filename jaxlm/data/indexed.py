@@ -247,6 +247,9 @@ class IndexedWriter:
         self._open_sequences = 0  # of the document that is being written
         sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * resume.sequences, 8 * resume.documents)
         for file, size in zip(self._files, sizes, strict=True):
+            if resume != NOTHING and file.seek(0, os.SEEK_END) < size:
+                rule = "is shorter than when the command that is to go on was ended"
+                raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, "begin anew: pass --overwrite"))
             file.truncate(size)
             file.seek(size)
 
@@ -349,5 +352,7 @@ class IndexedWriter:
             if kind is None:
                 self.close()
         finally:
-            if not self._files[0].closed and kind is not KeyboardInterrupt:  # who is interrupted may go on
+            if not self._files[0].closed and issubclass(
+                kind or Exception, Exception
+            ):  # who is interrupted goes on later
                 self.abandon()
