@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -215,10 +214,13 @@ def _check_data(config: Config, rule: Any) -> None:
         f"train.accumulate={t.accumulate} divides",
         "use for example 192,16,9765625 with train.batch_size=2048",
     )
-    pairs = [re.fullmatch(r"(\d+)@(\d+)", entry) for entry in d.seq_lens]
-    lengths, steps = ([int(pair[k]) for pair in pairs if pair] for k in (1, 2))
+    try:
+        steps, lengths = zip(*d.row_lengths) if d.seq_lens else ((), ())
+        sound = list(steps) == sorted(set(steps)) and all(n > 0 and t.seq_len % n == 0 for n in lengths)
+    except ValueError:
+        sound = False
     rule(
-        all(pairs) and steps == sorted(set(steps)) and all(n and t.seq_len % n == 0 for n in lengths),
+        sound,
         "data.seq_lens",
         f"is not LENGTH@STEP, steps rising, lengths that divide train.seq_len={t.seq_len}",
         "use for example 256@0,1024@2000",

@@ -176,6 +176,12 @@ class DataConfig:
     prefetch: int = setting(2, "batches prepared ahead of the step")
 
     @property
+    def row_lengths(self) -> tuple[tuple[int, int], ...]:
+        """seq_lens as (step, length). Raises ValueError where an entry is not LENGTH@STEP."""
+        pairs = (entry.split("@") for entry in self.seq_lens)
+        return tuple((int(step), int(length)) for length, step in pairs)
+
+    @property
     def separates(self) -> bool:
         """Whether attention stays inside documents."""
         return self.reset_at_eod or self.packing != "none"

@@ -69,7 +69,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
         if not holds:
             problems.append(Problem(where, text, remedy))
 
-    rows, shards = train.batch_size // train.accumulate, num_row_shards
+    rows, shards = train.batch_unit // train.accumulate, num_row_shards
     asked = f"pipeline.microbatches={M}"
     over = f"train.batch_size / train.accumulate = {rows} rows"
     need(rows % (M * shards) == 0, asked, f"does not split {over}, split over {shards} devices already",

@@ -60,7 +60,9 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
     choose_attention(config.model, layout.platform, documents=config.data.separates)
-    choose_context(layout, config.model, config.train.seq_len)
+    for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
+        choose_context(layout, config.model, length)
+        layout.check_divides("a row", (length,), ("residual",))
     shards, train = layout.num_row_shards, config.train
     rows = train.batch_unit // train.accumulate
     if rows % shards:

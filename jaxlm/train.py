@@ -203,10 +203,12 @@ class Loop:
         (step, metrics, wait_s), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         config = self.program.config
-        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s)
+        tokens = self.loader.tokens_before(step)
+        of_step = tokens - self.loader.tokens_before(step - 1)
+        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s, tokens=of_step)
         skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
-            record = {"step": step} | values | {"tokens": step * config.train.batch_size * config.train.seq_len}
+            record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
             self.log.write(record)
             self.progress.update(record)
@@ -299,14 +301,27 @@ class Compiled:
 
 
 def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
-    """Compiles before the first step, so that nothing compiles, or runs out of memory, in the middle of a run."""
-    begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
-    step = compile_step(program).lower(state, batch).compile()
-    evaluate = compile_eval(program).lower(state.params, batch).compile()
+    """Compiles before the first step what the first and the last one need, and the evaluation: a run whose batches keep
+    their shape compiles nothing in its middle, and none runs out of memory there."""
+    begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
+    first, last = (put_batch(program, loader.batch(step)) for step in (0, train.num_steps - 1))
+    shapes = {batch.tokens.shape: batch for batch in (first, last)}
+    steps = {shape: jitted.lower(state, batch).compile() for shape, batch in shapes.items()}
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), x.dtype), last)
+    evaluate = compile_eval(program).lower(state.params, whole).compile()
+    step = steps[last.tokens.shape]
     needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
     found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []
-    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None), found)
+
+    def by_shape(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        """A step; where batches grow or their rows lengthen, the first of a shape compiles it."""
+        shape = batch.tokens.shape
+        if shape not in steps:
+            steps[shape] = jitted.lower(state, batch).compile()
+        return steps[shape](state, batch)
+
+    return Compiled(by_shape, evaluate, time.monotonic() - begin, max(known, default=None), found)
 
 
 def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:
@@ -332,7 +347,6 @@ def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -
 
 def make_meter(facts: dict) -> StepMeter:
     return StepMeter(
-        tokens_per_step=facts["tokens_per_step"],
         flops_per_token=facts["flops_per_token"],
         peak_flops_per_s=peak_flops_per_s(facts["device_kind"]),
         num_devices=facts["devices"],

@@ -159,9 +159,7 @@ def training_loader(config: Config, corpus: Corpus) -> Loader:
         prefix, middle, suffix = data.fim_tokens
         sentinels = (prefix, middle, suffix)
         rewrite = Infill(corpus.tokenizer, config.train.seed, data.fim_rate, data.fim_spm_rate, sentinels)
-    pairs = [entry.split("@") for entry in data.seq_lens]
-    lengths = Lengths(tuple((int(step), int(length)) for length, step in pairs))
-    samples = training_samples(corpus.training, config)
+    samples, lengths = training_samples(corpus.training, config), Lengths(data.row_lengths)
     return _loader(config, corpus.tokenizer, samples, make_ramp(config), lengths=lengths, rewrite=rewrite)
 
 

@@ -60,6 +60,10 @@ class Loader:
         self._eod, self._masks, self._resets, self._rewrite = eod, mask_eod_loss, reset_at_eod, rewrite
         self.num_batches = None if samples.endless else -(-samples.num_samples // ramp.final)
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens in all steps before it."""
+        return self.ramp.before(step) * self.samples.seq_len
+
     def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> Batch:
         """The batch of a step, or the rows of it that one of several hosts feeds: an even share, in order.
 
