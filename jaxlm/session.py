@@ -7,6 +7,7 @@ summary.json.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -23,7 +24,7 @@ from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.atomic import open_exclusive
-from jaxlm.data.corpus import same_weights
+from jaxlm.data.corpus import Corpus, same_weights
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
@@ -171,6 +172,18 @@ def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str],
         )
     for key in changed:
         note(f"changed since the last start: {key} {shown(get(before, key))} -> {shown(get(config, key))}")
+
+
+def compare_data(corpus: Corpus, workdir: Path) -> None:
+    """Raises UserError where there are checkpoints and a set to train on is no longer what the last start saw."""
+    try:
+        before = json.loads((workdir / "config.json").read_text())["run"]["data"]
+    except (OSError, ValueError, KeyError):
+        return
+    now, text = corpus.fingerprints, "this run has checkpoints made with another set of that name"
+    if committed_steps(workdir / "checkpoints") and (other := [p for p in now if before.get(p, now[p]) != now[p]]):
+        remedy = "restore the set, or start another run with another --workdir"
+        raise UserError(*(Problem(f"token set {prefix}", text, remedy) for prefix in other))
 
 
 def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:

@@ -36,6 +36,7 @@ from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
 from jaxlm.session import (
+    compare_data,
     compare_with_last_start,
     evaluate_batches,
     lock_run,
@@ -88,6 +89,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         compare_with_last_start(config, workdir, progress.note)
         open_mesh(config)
         corpus = open_corpus(config, workdir, progress.note)
+        compare_data(corpus, workdir)
         config = with_vocabulary(config, corpus.tokenizer)
         if config != resolved.config:
             resolved = Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
@@ -107,7 +109,10 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         state = from_layers(program.pipe, restored.state, like) if restored else init_state(program)
         start = restored.step if restored else 0
         compiled = build(program, state, loader)
-        facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
+        facts = describe(program, corpus, compiled.memory_bytes) | {
+            "command": shlex.join(command),
+            "data": corpus.fingerprints,
+        }
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
         write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))

@@ -11,6 +11,7 @@ from test_train import numbers
 from jaxlm import train
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedWriter
+from jaxlm.data.merge import merge
 from jaxlm.metrics.writer import read_metrics
 
 CONFIG = """
@@ -54,6 +55,12 @@ def test_a_run_that_grows_resumes_to_the_bit_and_names_what_it_evaluates(folder:
     for weights in ("0.7/0.2@5", "0.6/0.2@6", "0.7"):  # steps that were taken read other rows
         with pytest.raises(UserError, match="change its data order"):
             run(folder, "broken", weights=weights)
+    kept = (folder / "high.idx").read_bytes(), (folder / "high.bin").read_bytes()
+    merge([str(folder / "high"), str(folder / "low")], str(folder / "high"))
+    with pytest.raises(UserError, match="high\n.*another set of that name"):
+        run(folder, "broken")
+    for ending, content in zip(("idx", "bin"), kept, strict=True):
+        (folder / f"high.{ending}").write_bytes(content)
     assert run(folder, "broken", weights="0.7/0.2@6/0.2@7") == 0
     whole, parts = (
         [row for row in numbers(folder / name) if row["step"] != 7 or "loss" in row] for name in ("unbroken", "broken")

@@ -43,6 +43,11 @@ class Corpus:
         return sum(r.num_tokens for r in self.training)
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each set to train on."""
+        return {part.dataset.prefix: part.dataset.fingerprint() for part in self.training}
+
+    @property
     def held_out(self) -> tuple[TokenRange, ...]:
         """What is held out, under whatever name."""
         return tuple(r for ranges in self.evaluation.values() for r in ranges)

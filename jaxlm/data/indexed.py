@@ -19,6 +19,7 @@ A document is a run of sequences, usually one, perhaps none. Source: Megatron-LM
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,7 @@ HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floating point, and which is which depends on the Megatron fork: never tokens.
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-_BLOCK = 1 << 20  # entries checked or written at a time
+_BLOCK = 1 << 18  # entries checked or written at a time
 _REMEDY = "restore the file from where it came, or write the set again with python -m jaxlm.data.preprocess"
 
 
@@ -103,6 +104,17 @@ class IndexedDataset:
         """Position in `tokens` of the first token of each sequence, int64; for sequence S, the end."""
         known = self._pointers[np.minimum(sequences, len(self) - 1)] // self.dtype.itemsize if len(self) else 0
         return np.where(np.asarray(sequences) < len(self), known, self.num_tokens)
+
+    def fingerprint(self) -> str:
+        """A hash of both files' sizes and of the first and last 64 KiB of each: another set has another."""
+        digest = hashlib.sha256()
+        for path in set_paths(self.prefix):
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                digest.update(b"%d " % size + file.read(1 << 16))
+                file.seek(max(size - (1 << 16), 0))
+                digest.update(file.read())
+        return digest.hexdigest()
 
     def __reduce__(self):
         return IndexedDataset, (self.prefix,)

@@ -29,7 +29,7 @@ class Block(nnx.Module):
         self.attn_norm, self.mlp_norm = (Norm(model) for _ in range(2))
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None, starts_BT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None, starts_BT: jax.Array | None = None) -> jax.Array:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
         y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw, starts_BT)
         x_BTD = x_BTD + checkpoint_name(dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout), "attn_out")
