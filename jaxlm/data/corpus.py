@@ -20,7 +20,7 @@ from jaxlm.data.loader import Loader
 from jaxlm.data.megatron import MegatronSamples, split_sequences
 from jaxlm.data.packing import Packed
 from jaxlm.data.prepare import prepare
-from jaxlm.data.ramp import Lengths, Ramp
+from jaxlm.data.ramp import Ramp, in_force
 from jaxlm.data.samples import Samples, TokenRange, Windows, split_ranges, whole
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -134,16 +134,11 @@ def training_samples(parts: tuple[TokenRange, ...], config: Config) -> Samples:
 def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
     """(step, weight of each part) from each step on at which one changes. Raises UserError where all are 0."""
     steps = sorted({0, *(step for part in parts for step, _ in part.weights)}) if parts[0].weights else []
-    phases = [(step, [weight_at(part.weights, step) for part in parts]) for step in steps]
+    phases = [(step, [in_force(part.weights, step, 0.0) for part in parts]) for step in steps]
     for step, weights in phases:
         if sum(weights) <= 0:
             raise UserError(Problem(f"data.train from step {step} on", "every weight is 0", "give a set some weight"))
     return phases
-
-
-def weight_at(weights: Sequence[tuple[int, float]], step: int) -> float:
-    """The weight in force at a step; before the first, none."""
-    return next((weight for first, weight in reversed(weights) if step >= first), 0.0)
 
 
 def same_weights(before: Sequence[str], after: Sequence[str], *, steps: int) -> bool:
@@ -164,7 +159,7 @@ def training_loader(config: Config, corpus: Corpus) -> Loader:
         prefix, middle, suffix = data.fim_tokens
         sentinels = (prefix, middle, suffix)
         rewrite = Infill(corpus.tokenizer, config.train.seed, data.fim_rate, data.fim_spm_rate, sentinels)
-    samples, lengths = training_samples(corpus.training, config), Lengths(data.row_lengths)
+    samples, lengths = training_samples(corpus.training, config), data.row_lengths
     return _loader(config, corpus.tokenizer, samples, make_ramp(config), lengths=lengths, rewrite=rewrite)
 
 

@@ -33,26 +33,21 @@ class Infill:
         """The row of sample `index`, rewritten: as many tokens."""
         ends = np.flatnonzero(row == self.tokenizer.eod) if self.tokenizer.eod is not None else []
         bounds = [0, *(int(end) + 1 for end in ends), len(row)]
-        words = random_words(4 * len(bounds), self.seed, _STREAM, index).reshape(-1, 4)
-        return np.concatenate([self._rewrite(row[a:b], *draw) for a, b, draw in zip(bounds, bounds[1:], words)])
+        draws = random_words(4 * len(bounds), self.seed, _STREAM, index).reshape(-1, 4) / 2.0**64  # in [0, 1]
+        return np.concatenate([self._rewrite(row[a:b], *draw) for a, b, draw in zip(bounds, bounds[1:], draws)])
 
-    def _rewrite(self, tokens: np.ndarray, chosen: np.uint64, suffix_first: np.uint64, *cuts: np.uint64) -> np.ndarray:
+    def _rewrite(self, tokens: np.ndarray, chosen: float, suffix_first: float, *cuts: float) -> np.ndarray:
         end = tokens[-1:] if len(tokens) and tokens[-1] == self.tokenizer.eod else tokens[:0]
         text = self.tokenizer.decode(tokens[: len(tokens) - len(end)])
-        if not text or "\ufffd" in text or not _share(chosen) < self.rate:
+        if not text or "\ufffd" in text or chosen >= self.rate:
             return tokens
-        a, b = sorted(int(cut % np.uint64(len(text) + 1)) for cut in cuts)
+        a, b = sorted(int(cut * (len(text) + 1)) for cut in cuts)
         prefix, middle, suffix = self.tokenizer.encode_batch([text[:a], text[a:b], text[b:]])
         suffix = suffix[: max(len(tokens) - len(end) - 3 - len(prefix) - len(middle), 0)]
         pre, mid, suf = (np.array([sentinel], np.int32) for sentinel in self.sentinels)
-        if _share(suffix_first) < self.spm_rate:
+        if suffix_first < self.spm_rate:
             made = (pre, suf, suffix, mid, prefix, middle, end)
         else:
             made = (pre, prefix, suf, suffix, mid, middle, end)
         rewritten = np.concatenate(made)
         return rewritten if len(rewritten) == len(tokens) else tokens
-
-
-def _share(word: np.uint64) -> float:
-    """A random word as a number in [0, 1)."""
-    return int(word) / 2**64

@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.indexed import IndexedDataset
-from jaxlm.data.ramp import WHOLE, Lengths, Ramp
+from jaxlm.data.ramp import Ramp, in_force
 from jaxlm.data.samples import Samples, Span
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 class Loader:
     """The batches of `samples`: a step takes `ramp.size(step)` samples, from number `ramp.before(step)` on.
 
-    A sample is a row, or where `lengths` say so for a step, several shorter rows. Samples that are not endless fill
+    A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless fill
     `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
     With `mask_eod_loss`, a position whose input is `eod` has weight 0: what follows a document's end is a new document.
     With `reset_at_eod`, or samples of separate documents, batches have `starts`.
@@ -47,7 +47,7 @@ class Loader:
         vocab_size: int,
         mask_eod_loss: bool = False,
         reset_at_eod: bool = False,
-        lengths: Lengths = WHOLE,
+        lengths: Sequence[tuple[int, int]] = (),
         rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
         for key, asked in (("mask_eod_loss", mask_eod_loss), ("reset_at_eod", reset_at_eod)):
@@ -80,8 +80,8 @@ class Loader:
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
-        if (T := self.lengths.at(step)) and self.samples.seq_len > T:
-            rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
+        T = in_force(self.lengths, step, self.samples.seq_len)
+        rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
         if self._masks:
             rows.weights[rows.tokens == self._eod] = 0
         return rows._replace(starts=self._starts(rows)) if self._resets or self.samples.separate else rows

@@ -1,10 +1,14 @@
-"""How many samples a step takes, and how long its rows are: functions of the step alone, so nothing needs saving."""
+"""How many samples a step takes: a function of the step alone, so nothing needs saving."""
 
 from __future__ import annotations
 
 import bisect
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,6 @@ class Ramp:
         return self.stages[bisect.bisect_right(self.stages, step, key=lambda stage: stage[0]) - 1]
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens in a row from some steps on: (step, length), steps rising; before the first, and with none, whole samples.
-
-    A step of shorter rows holds the same tokens, each sample cut into rows one after the other.
-    """
-
-    table: tuple[tuple[int, int], ...] = ()
-
-    def at(self, step: int) -> int:
-        """The length of a step's rows; 0 for whole samples."""
-        return next((length for first, length in reversed(self.table) if step >= first), 0)
-
-
-WHOLE = Lengths()
+def in_force(table: Sequence[tuple[int, T]], step: int, before: T) -> T:
+    """The value of the last row (first step, value) of a rising table that a step has reached; `before` them all."""
+    return next((value for first, value in reversed(table) if step >= first), before)

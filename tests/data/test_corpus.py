@@ -72,6 +72,11 @@ def test_settings_choose_the_order(sets: list[str], tmp_path: Path, data: dict[s
     assert type(loader.samples) is kind and check(c) == []
     batches = [loader.batch(step) for step in range(20)]
     assert all(batch.tokens.shape == (4, 16) for batch in batches)
+    for hosts in (2, 4):  # the same global batch, each reading its rows
+        for step in (0, 13):
+            parts = [loader.batch(step, host=host, hosts=hosts) for host in range(hosts)]
+            for whole, *mine in zip(batches[step], *parts, strict=True):
+                assert whole is None or np.array_equal(whole, np.concatenate(mine))
     assert (batches[0].starts is None) == (kind is not Packed)
 
 

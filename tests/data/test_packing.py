@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlm.config import UserError
 from jaxlm.data.loader import Loader
 from jaxlm.data.packing import Packed, best_fit
-from jaxlm.data.ramp import Lengths, Ramp
+from jaxlm.data.ramp import Ramp
 from jaxlm.data.samples import whole
 
 EOD = 99
@@ -70,7 +70,7 @@ def test_every_pair_of_neighbours_in_a_document_is_an_input_and_its_label_once(
 def test_shorter_rows_of_packed_samples_keep_documents_apart(write_set: Callable, documents: list[list[int]]) -> None:
     samples = Packed([whole(write_set(documents))], seq_len=16, seed=3)
     long, short = (
-        Loader(samples, Ramp(4), eod=EOD, vocab_size=5000, lengths=Lengths(table)).batch(0) for table in ((), ((0, 4),))
+        Loader(samples, Ramp(4), eod=EOD, vocab_size=5000, lengths=table).batch(0) for table in ((), ((0, 4),))
     )
     assert short.tokens.shape == (16, 4) and np.array_equal(short.tokens.ravel(), long.tokens.ravel())
     cut = long.starts.reshape(4, 4, 4) - np.arange(0, 16, 4)[:, None]

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data.ramp import Lengths, Ramp
+from jaxlm.data.ramp import Ramp, in_force
 
 
 def megatron_sizes(final: int, start: int, increment: int, samples: int, steps: int) -> list[int]:
@@ -39,5 +39,5 @@ def test_blooms_ramp() -> None:
 
 
 def test_rows_lengthen_at_their_steps() -> None:
-    lengths = Lengths(((2, 64), (5, 128)))
-    assert [lengths.at(step) for step in (0, 1, 2, 4, 5, 10**9)] == [0, 0, 64, 64, 128, 128]
+    lengths = ((2, 64), (5, 128))
+    assert [in_force(lengths, step, 0) for step in (0, 1, 2, 4, 5, 10**9)] == [0, 0, 64, 64, 128, 128]
