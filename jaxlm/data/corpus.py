@@ -134,6 +134,10 @@ def training_samples(parts: tuple[TokenRange, ...], config: Config) -> Samples:
 def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
     """(step, weight of each part) from each step on at which one changes. Raises UserError where all are 0."""
     steps = sorted({0, *(step for part in parts for step, _ in part.weights)}) if parts[0].weights else []
+    for part in parts:
+        if [step for step, _ in part.weights] != sorted({step for step, _ in part.weights}):
+            where = f"data.train: {part.dataset.prefix}"
+            raise UserError(Problem(where, "the steps of its weights do not rise", "write them in order, each once"))
     phases = [(step, [in_force(part.weights, step, 0.0) for part in parts]) for step in steps]
     for step, weights in phases:
         if sum(weights) <= 0:
@@ -156,6 +160,9 @@ def training_loader(config: Config, corpus: Corpus) -> Loader:
     """The batches a run trains on, without end."""
     data, rewrite = config.data, None
     if data.fim_rate:
+        if max(data.fim_tokens) >= config.model.vocab_size:
+            rule = f"is not below the vocabulary size, {config.model.vocab_size}"
+            raise UserError(Problem(f"data.fim_tokens: {max(data.fim_tokens)}", rule, "raise model.vocab_size"))
         prefix, middle, suffix = data.fim_tokens
         sentinels = (prefix, middle, suffix)
         rewrite = Infill(corpus.tokenizer, config.train.seed, data.fim_rate, data.fim_spm_rate, sentinels)
@@ -171,5 +178,5 @@ def evaluation_loader(config: Config, parts: tuple[TokenRange, ...], tokenizer: 
 
 def _loader(config: Config, tokenizer: Tokenizer, samples: Samples, ramp: Ramp, **more) -> Loader:
     data, size = config.data, config.model.vocab_size
-    masks = dict(mask_eod_loss=data.mask_eod_loss, reset_at_eod=data.reset_at_eod)
+    masks = dict(mask_eod_loss=data.mask_eod_loss, separates=data.separates)
     return Loader(samples, ramp, eod=tokenizer.eod, vocab_size=size, **masks, **more)

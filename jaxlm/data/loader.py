@@ -31,10 +31,11 @@ class Batch(NamedTuple):
 class Loader:
     """The batches of `samples`: a step takes `ramp.size(step)` samples, from number `ramp.before(step)` on.
 
-    A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless fill
-    `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
+    A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
+    fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
     With `mask_eod_loss`, a position whose input is `eod` has weight 0: what follows a document's end is a new document.
-    With `reset_at_eod`, or samples of separate documents, batches have `starts`.
+    With `separates`, batches have `starts`: a document starts after each `eod`, and with each span of separate ones.
+    `rewrite` is given the tokens of a sample, and its number.
     Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
@@ -46,18 +47,18 @@ class Loader:
         eod: int | None,
         vocab_size: int,
         mask_eod_loss: bool = False,
-        reset_at_eod: bool = False,
+        separates: bool = False,
         lengths: Sequence[tuple[int, int]] = (),
         rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
-        for key, asked in (("mask_eod_loss", mask_eod_loss), ("reset_at_eod", reset_at_eod)):
-            if asked and eod is None:
-                rule = "the tokenizer has no end-of-document token"
-                raise UserError(Problem(f"data.{key}=True", rule, "set it to False, or use another tokenizer"))
-        assert vocab_size > 0
+        if (mask_eod_loss or separates) and eod is None:
+            where = "data.mask_eod_loss" if mask_eod_loss else "data.reset_at_eod, data.packing"
+            rule = "the tokenizer has no end-of-document token"
+            raise UserError(Problem(where, rule, "leave it out, or use another tokenizer"))
+        assert vocab_size > 0 and (separates or not samples.separate)
         self.samples, self.ramp, self.lengths = samples, ramp, lengths
         self.vocab_size = vocab_size
-        self._eod, self._masks, self._resets, self._rewrite = eod, mask_eod_loss, reset_at_eod, rewrite
+        self._eod, self._masks, self._separates, self._rewrite = eod, mask_eod_loss, separates, rewrite
         self.num_batches = None if samples.endless else -(-samples.num_samples // ramp.final)
 
     def tokens_before(self, step: int) -> int:
@@ -84,7 +85,7 @@ class Loader:
         rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
         if self._masks:
             rows.weights[rows.tokens == self._eod] = 0
-        return rows._replace(starts=self._starts(rows)) if self._resets or self.samples.separate else rows
+        return rows._replace(starts=self._starts(rows)) if self._separates else rows
 
     def _joined(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
         """Each sample one stretch of tokens."""
@@ -122,9 +123,8 @@ class Loader:
         starts_BT = np.zeros((B, T), np.int32)
         if rows.starts is not None:  # counted in a sample; where a row begins within one, so does a document
             starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
-        if self._resets:
-            after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
-            starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
+        after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
+        starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
         return starts_BT
 
     def _refuse_token(self, spans: list[list[Span]]) -> NoReturn:

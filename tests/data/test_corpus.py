@@ -68,7 +68,8 @@ def test_an_entry_is_a_prefix_and_its_weights(entry: str, prefix: str, weights: 
 def test_settings_choose_the_order(sets: list[str], tmp_path: Path, data: dict[str, Any], kind: type) -> None:
     weights = data.pop("weights", ("",))
     c = config(data | dict(train=tuple(w + prefix for w, prefix in zip(weights, sets, strict=False))))
-    loader = training_loader(c, open_corpus(c, tmp_path, print))
+    corpus = open_corpus(c, tmp_path, print)
+    loader = training_loader(c, corpus)
     assert type(loader.samples) is kind and check(c) == []
     batches = [loader.batch(step) for step in range(20)]
     assert all(batch.tokens.shape == (4, 16) for batch in batches)
@@ -77,7 +78,8 @@ def test_settings_choose_the_order(sets: list[str], tmp_path: Path, data: dict[s
             parts = [loader.batch(step, host=host, hosts=hosts) for host in range(hosts)]
             for whole, *mine in zip(batches[step], *parts, strict=True):
                 assert whole is None or np.array_equal(whole, np.concatenate(mine))
-    assert (batches[0].starts is None) == (kind is not Packed)
+    held_out = evaluation_loader(c, corpus.held_out, corpus.tokenizer).batch(0)
+    assert (batches[0].starts is None) == (held_out.starts is None) == (kind is not Packed)
 
 
 def test_megatrons_mixture_has_its_sizes(sets: list[str], tmp_path: Path) -> None:
@@ -168,8 +170,19 @@ def test_what_cannot_be_is_refused_by_its_key(data: dict, train: dict, where: st
     assert [p.where.partition("=")[0] for p in problems(dict(train=("a",)) | data, **train)] == [where]
 
 
+def test_a_sentinel_outside_the_vocabulary_is_refused(sets: list[str], tmp_path: Path) -> None:
+    c = config(dict(train=(sets[0],), fim_rate=0.5, fim_tokens=(298, 299, 300)))
+    with pytest.raises(UserError, match="300\n.*not below the vocabulary size, 300"):
+        training_loader(c, open_corpus(c, tmp_path, print))
+
+
 def test_a_set_without_a_weight_beside_one_with_is_refused(sets: list[str], tmp_path: Path) -> None:
-    for entries, rule in (((f"1:{sets[0]}", sets[1]), "has no weight"), ((f"1/0@5:{sets[0]}",), "every weight is 0")):
+    cases = (
+        ((f"1:{sets[0]}", sets[1]), "has no weight"),
+        ((f"1/0@5:{sets[0]}",), "every weight is 0"),
+        ((f"1/2@9/3@5:{sets[0]}",), "do not rise"),
+    )
+    for entries, rule in cases:
         c = dataclasses.replace(config(dict(train=entries)))
         with pytest.raises(UserError, match=rule):
             training_loader(c, open_corpus(c, tmp_path, print))

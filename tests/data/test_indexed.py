@@ -99,8 +99,11 @@ def corrupted(index: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-@pytest.mark.parametrize("dtype", ["u2", "i4"])
-def test_a_corrupt_index_is_refused_in_three_lines_or_reads_the_same_tokens(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "block"), [("u2", 1 << 18), ("i4", 2)])
+def test_a_corrupt_index_is_refused_in_three_lines_or_reads_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, block: int
+) -> None:
+    monkeypatch.setattr(indexed, "_BLOCK", block)
     documents = [[[1, 2, 3]], [[7] * 5], [[4], [5, 65000]]]
     sequences = [sequence for document in documents for sequence in document]
     write(tmp_path / "set", documents, dtype)
@@ -109,6 +112,7 @@ def test_a_corrupt_index_is_refused_in_three_lines_or_reads_the_same_tokens(tmp_
         (tmp_path / "set.idx").write_bytes(corrupted(index, rng))
         try:
             dataset = IndexedDataset(tmp_path / "set")
+            assert (np.diff(dataset.document_indices) >= 0).all()
         except UserError as error:
             assert str(error).count("\n") == 2
             assert "set.idx" in str(error) or "set.bin" in str(error)

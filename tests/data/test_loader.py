@@ -30,7 +30,7 @@ def assert_equal(a: Batch, b: Batch) -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_any_number_of_hosts_reads_the_same_rows(write_set: Callable, shuffle: bool) -> None:
-    loader = make_loader(write_set, shuffle=shuffle, reset_at_eod=True)
+    loader = make_loader(write_set, shuffle=shuffle, separates=True)
     for step in (0, 3, 11):
         all_rows = loader.batch(step)
         for hosts in (1, 2, 4):

@@ -50,7 +50,7 @@ def test_every_pair_of_neighbours_in_a_document_is_an_input_and_its_label_once(
     write_set: Callable, documents: list[list[int]]
 ) -> None:
     samples = Packed([whole(write_set(documents))], seq_len=16, seed=3)
-    loader = Loader(samples, Ramp(samples.num_samples), eod=EOD, vocab_size=5000)
+    loader = Loader(samples, Ramp(samples.num_samples), eod=EOD, vocab_size=5000, separates=True)
     for epoch in (0, 1):
         batch = loader.batch(epoch)
         real = batch.weights > 0
@@ -70,7 +70,8 @@ def test_every_pair_of_neighbours_in_a_document_is_an_input_and_its_label_once(
 def test_shorter_rows_of_packed_samples_keep_documents_apart(write_set: Callable, documents: list[list[int]]) -> None:
     samples = Packed([whole(write_set(documents))], seq_len=16, seed=3)
     long, short = (
-        Loader(samples, Ramp(4), eod=EOD, vocab_size=5000, lengths=table).batch(0) for table in ((), ((0, 4),))
+        Loader(samples, Ramp(4), eod=EOD, vocab_size=5000, separates=True, lengths=table).batch(0)
+        for table in ((), ((0, 4),))
     )
     assert short.tokens.shape == (16, 4) and np.array_equal(short.tokens.ravel(), long.tokens.ravel())
     cut = long.starts.reshape(4, 4, 4) - np.arange(0, 16, 4)[:, None]
