@@ -98,16 +98,15 @@ def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int,
 class Windows:
     """Windows of all ranges together, in an order without state.
 
-    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples. The permutation is not stored:
-    a Feistel network maps the position in the epoch to a window, so any sample costs the same, whatever the size of the
-    data. A window starts at a
-    multiple of seq_len after its range's start offset and never leaves its range; neighbours share one token, the
-    last label of one being the first input of the next. Each epoch has its own permutation and its own start offset
-    in each range, drawn evenly from all that leave room for the range's windows, so that no token is left out for ever.
-    Not shuffled: file order, offset 0, one epoch.
+    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples. The permutation is not stored: a
+    Feistel network maps the position in the epoch to a window, so any sample costs the same, whatever the size of the
+    data. A window starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours
+    share one token, the last label of one being the first input of the next. Each epoch has its own permutation and its
+    own start offset in each range, drawn evenly from all that leave room for the range's windows, so that no token is
+    left out for ever. Not shuffled: file order, offset 0, one epoch.
 
-    Attributes: `windows`, int64[ranges], their number in each range: the same in every epoch,
-    and 0 for a range shorter than seq_len + 1.
+    Attributes: `windows`, int64[ranges], their number in each range: the same in every epoch, and 0 for a range shorter
+    than seq_len + 1.
     Raises: UserError if no range has a window.
     """
 
