@@ -18,8 +18,8 @@ class Greedy:
     the first of equals.
 
     exact: the rule runs on without end as Megatron's does, and reaching sample i takes time in proportion to i, once: a
-      second for a million. Else it begins anew every BLOCK samples: any sample costs the same, and a source's share is
-      off by less than a sample a block.
+      third of a second for a million. Else it begins anew every BLOCK samples: any sample costs the same, and a
+      source's share is off by less than a sample a block.
     Source: Megatron-LM, core/datasets/helpers.cpp, build_blending_indices.
     """
 
