@@ -45,6 +45,7 @@ class Attention(nnx.Module):
         layout, model, T = self.layout, self.model, q_BTNH.shape[1]
         row_len = layout.whole("seq", T)
         if model.position == "rope":
+            # angles matter by their differences: the same in a document wherever it starts
             turn = partial(rotate, theta=model.rope_theta, first=layout.first("seq", T), row_len=row_len)
             q_BTNH, k_BSKH = turn(q_BTNH), turn(k_BSKH)
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")

@@ -311,6 +311,33 @@ def test_another_command_does_not_go_on_from_what_a_killed_one_left(
     assert set("".join(documents_of(tmp_path / "out_text_document"))) == {"y"}
 
 
+MEASURED = """
+import resource, sys
+from jaxlm.data.preprocess import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.nightly
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, environment: dict[str, str]) -> None:
+    peaks = []
+    for megabytes in (20, 400):
+        block = jsonl(["naïve 日本 and a line of text " * 30] * 100)
+        with open(tmp_path / "in.jsonl", "wb") as file:
+            for _ in range(megabytes * 10**6 // len(block)):
+                file.write(block)
+        command = [sys.executable, "-c", MEASURED, "--input", "in.jsonl", "--output-prefix", f"o{megabytes}"]
+        options = ["--tokenizer", "bytes", "--append-eod", "--workers", "1"]
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    print(f"peak {peaks[0] / 1e6:.0f} MB for 20 MB of input, {peaks[1] / 1e6:.0f} MB for 400 MB")
+    assert peaks[1] < 1.1 * peaks[0]
+
+
 def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
