@@ -3,6 +3,7 @@ unbroken, and says what it may not change."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,37 @@ def test_a_run_that_grows_resumes_to_the_bit_and_names_what_it_evaluates(folder:
     for record in records:
         if "eval_loss" in record:  # 600 tokens each, 37 rows: the mean of both
             assert record["eval_loss"] == pytest.approx((record["eval_loss_low"] + record["eval_loss_high"]) / 2)
+
+
+ORDERS = {
+    "megatron": ['order="megatron"', "mesh=dict(data=4, fsdp=2)"],
+    "best_fit": ['packing="best_fit"', "mesh=dict(data=1, pipeline=2, context=2, fsdp=2)"],
+    "infill": ["fim_rate=0.7, fim_tokens=(257, 258, 259)", "mesh=dict(data=8)"],
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_resumes_to_the_bit(folder: Path, order: str) -> None:
+    data, mesh = ORDERS[order]
+    (folder / "order.py").write_text(
+        f"""
+def get_config():
+    return dict(
+        model=dict(num_layers=2, embed_dim=16, num_heads=2, max_seq_len=16, vocab_multiple=2, vocab_size=260),
+        train=dict(num_steps=6, batch_size=16, eval_every=6), {mesh},
+        data=dict(train=("0.7:{folder}/low", "0.3:{folder}/high"), split=(0.8, 0.2), {data}),
+        checkpoint=dict(every_steps=3, keep=9), log=dict(tensorboard=False, sample_tokens=0),
+    )
+"""
+    )
+    command = ["--config", str(folder / "order.py"), "--workdir", str(folder / order)]
+    assert train.main(command) == 0
+    before = numbers(folder / order)
+    assert len(before) == 7 and "eval_loss" in before[-1]
+    shutil.rmtree(folder / order / "checkpoints" / "6")
+    assert train.main(command) == 0
+    assert numbers(folder / order) == before
+    if order == "megatron":  # whose shuffle is of all steps together
+        with pytest.raises(UserError, match="train.num_steps=7"):
+            train.main([*command, "--config.train.num_steps=7"])
