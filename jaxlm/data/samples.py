@@ -38,14 +38,10 @@ class Samples(Protocol):
     stretch of seq_len + 1 tokens.
     """
 
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def endless(self) -> bool: ...
-    @property
-    def separate(self) -> bool: ...
+    seq_len: int
+    num_samples: int
+    endless: bool
+    separate: bool
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
         """What each sample reads, in order."""
