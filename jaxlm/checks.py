@@ -29,6 +29,10 @@ APPLIES = (
     ("data.split", lambda c: not c.data.eval, "no data.eval"),
     ("checkpoint.keep_every", lambda c: c.checkpoint.every_steps > 0, "checkpoint.every_steps above 0"),
     ("checkpoint.keep_best", lambda c: c.train.eval_every > 0, "train.eval_every above 0"),
+    ("data.packing", lambda c: c.data.order == "stateless", "data.order=stateless"),
+    ("data.fim_rate", lambda c: c.data.packing == "none", "data.packing=none"),
+    ("data.fim_spm_rate", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),
+    ("data.fim_tokens", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),
     ("log.sample_prompt", lambda c: c.log.sample_tokens > 0, "log.sample_tokens above 0"),
 )
 
@@ -52,6 +56,7 @@ BETWEEN = {"optim.peak_lr": (0, float("inf")), "model.rope_theta": (1, float("in
 WITHIN = {
     "model.dropout": (0, 1, False), "optim.beta1": (0, 1, False), "optim.beta2": (0, 1, False),
     "optim.final_lr_frac": (0, 1, True), "mesh.max_replicated_frac": (0, 1, True), "mesh.zero": (1, 3, True),
+    "data.fim_rate": (0, 1, True), "data.fim_spm_rate": (0, 1, True),
 }  # fmt: skip
 
 
@@ -86,6 +91,7 @@ def check(config: Config) -> list[Problem]:
     _check_model(config, rule)
     _check_mesh(config, rule)
     _check_run(config, rule)
+    _check_data(config, rule)
     return problems
 
 
@@ -153,7 +159,7 @@ def _check_mesh(config: Config, rule: Any) -> None:
 
 
 def _check_run(config: Config, rule: Any) -> None:
-    m, t, o, d, c = config.model, config.train, config.optim, config.data, config.checkpoint
+    m, t, o, c = config.model, config.train, config.optim, config.checkpoint
     rule(
         t.seq_len <= m.max_seq_len,
         "train.seq_len",
@@ -192,6 +198,10 @@ def _check_run(config: Config, rule: Any) -> None:
     )
     unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
     rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")
+
+
+def _check_data(config: Config, rule: Any) -> None:
+    t, d = config.train, config.data
     rule(
         bool(d.path) != bool(d.train),
         "data.path",
@@ -203,6 +213,47 @@ def _check_run(config: Config, rule: Any) -> None:
         "data.split",
         "must be two or three shares, the first above 0: training, evaluation, kept apart",
         "use for example 0.95,0.05",
+    )
+    ramp = t.batch_ramp
+    rule(
+        not ramp
+        or (
+            (len(ramp) == 3 and 0 < ramp[0] <= t.batch_size and ramp[1] > 0 <= ramp[2])
+            and (t.batch_size - ramp[0]) % ramp[1] == 0 == t.batch_unit % t.accumulate
+        ),
+        "train.batch_ramp",
+        f"is not START,INCREMENT,SAMPLES that reaches train.batch_size={t.batch_size} in whole increments, of rows that "
+        f"train.accumulate={t.accumulate} divides",
+        "use for example 192,16,9765625 with train.batch_size=2048",
+    )
+    try:
+        steps, lengths = zip(*d.row_lengths) if d.seq_lens else ((), ())
+        sound = list(steps) == sorted(set(steps)) and all(n > 0 and t.seq_len % n == 0 for n in lengths)
+    except ValueError:
+        sound = False
+    rule(
+        sound,
+        "data.seq_lens",
+        f"is not LENGTH@STEP, steps rising, lengths that divide train.seq_len={t.seq_len}",
+        "use for example 256@0,1024@2000",
+    )
+    rule(
+        d.order != "megatron" or t.seed < 2**32,
+        "train.seed",
+        "data.order=megatron shuffles with numpy's RandomState, whose seeds are below 2^32",
+        "use a smaller seed",
+    )
+    rule(
+        d.order != "megatron" or not any("@" in entry for entry in d.train),
+        "data.train",
+        "Megatron's mixtures keep their weights: data.order=megatron has no weights by step",
+        "write one weight a set, or use data.order=stateless",
+    )
+    rule(
+        d.fim_rate == 0 or (len(set(d.fim_tokens)) == 3 and min(d.fim_tokens) >= 0),
+        "data.fim_tokens",
+        "data.fim_rate needs three ids: before prefix, middle and suffix",
+        "name the tokenizer's three sentinels",
     )
     try:
         skipped_batches(d.skip_steps)

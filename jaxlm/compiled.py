@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxlm.data.loader import Loader
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
@@ -26,14 +28,27 @@ class Compiled:
 
 
 def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
-    """Compiles before the first step, so that nothing compiles, or runs out of memory, in the middle of a run."""
-    begin, batch = time.monotonic(), put_batch(program, loader.batch(0))
-    step = compile_step(program).lower(state, batch).compile()
-    evaluate = compile_eval(program).lower(state.params, batch).compile()
+    """Compiles before the first step what the first and the last one need, and the evaluation: a run whose batches keep
+    their shape compiles nothing in its middle, and none runs out of memory there."""
+    begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
+    first, last = (put_batch(program, loader.batch(step)) for step in (0, train.num_steps - 1))
+    shapes = {batch.tokens.shape: batch for batch in (first, last)}
+    steps = {shape: jitted.lower(state, batch).compile() for shape, batch in shapes.items()}
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), x.dtype), last)
+    evaluate = compile_eval(program).lower(state.params, whole).compile()
+    step = steps[last.tokens.shape]
     needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
     found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []
-    return Compiled(step, evaluate, time.monotonic() - begin, max(known, default=None), found)
+
+    def by_shape(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        """A step; where batches grow or their rows lengthen, the first of a shape compiles it."""
+        shape = batch.tokens.shape
+        if shape not in steps:
+            steps[shape] = jitted.lower(state, batch).compile()
+        return steps[shape](state, batch)
+
+    return Compiled(by_shape, evaluate, time.monotonic() - begin, max(known, default=None), found)
 
 
 def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:

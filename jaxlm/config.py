@@ -7,6 +7,7 @@ rules; every other room receives the section it uses and reads attributes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,6 +98,9 @@ class PipelineConfig:
 class TrainConfig:
     num_steps: int = setting(1000, "optimizer steps in the whole run")
     batch_size: int = setting(8, "rows in one step, over all devices")
+    batch_ramp: tuple[int, ...] = setting(
+        (), "START,INCREMENT,SAMPLES: batches grow from START to batch_size while SAMPLES rows pass (none: no ramp)"
+    )
     seq_len: int = setting(0, "tokens in a row (0: model.max_seq_len)")
     accumulate: int = setting(1, "microbatches in one step")
     seed: int = setting(0, "of initial weights, data order and dropout")
@@ -123,6 +127,11 @@ class TrainConfig:
     )
     compilation_cache: str = setting("", "folder for compiled programs, reused by later runs (empty: none)")
 
+    @property
+    def batch_unit(self) -> int:
+        """What every batch size of the run is a multiple of."""
+        return math.gcd(self.batch_size, *self.batch_ramp[:2])
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -148,9 +157,33 @@ class DataConfig:
     path: tuple[str, ...] = setting(
         (), "text to train on: .txt, .py, .jsonl[.gz|.zst] files, globs; tokenized on first use"
     )
-    train: tuple[str, ...] = setting((), "tokenized sets to train on: .bin/.idx prefixes (instead of path)")
-    eval: tuple[str, ...] = setting((), "tokenized sets to evaluate on (none: cut from the training set by split)")
-    split: tuple[float, ...] = setting((0.95, 0.05), "shares of tokens, in file order, for training and evaluation")
+    train: tuple[str, ...] = setting(
+        (),
+        "tokenized sets to train on (instead of path): PREFIX, or with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
+    )
+    eval: tuple[str, ...] = setting(
+        (), "tokenized sets to evaluate on, PREFIX or NAME=PREFIX (none: cut from the training set by split)"
+    )
+    split: tuple[float, ...] = setting(
+        (0.95, 0.05),
+        "shares, in file order, for training and evaluation: of tokens, or with whole documents of documents",
+    )
+    order: Literal["stateless", "megatron"] = setting(
+        "stateless",
+        "how rows are shuffled: any row in O(1) with nothing to build, or Megatron's GPTDataset row for row",
+    )
+    packing: Literal["none", "best_fit"] = setting(
+        "none", "rows cut from documents end to end, or filled with whole documents, longest first"
+    )
+    reset_at_eod: bool = setting(
+        False, "positions begin anew after the end-of-document token, and attention stays inside"
+    )
+    seq_lens: tuple[str, ...] = setting(
+        (), "shorter rows in some steps, LENGTH@STEP from which step on: 256@0,1024@2000 (a step keeps its tokens)"
+    )
+    fim_rate: float = setting(0.0, "share of documents rewritten to fill in their middle")
+    fim_spm_rate: float = setting(0.5, "of those, share whose suffix comes first")
+    fim_tokens: tuple[int, ...] = setting((), "ids that stand before prefix, middle and suffix")
     tokenizer: str = setting("bytes", "bytes | chars | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE")
     text_key: str = setting("text", "field of a JSONL object that holds the text")
     mask_eod_loss: bool = setting(False, "positions whose input is the end-of-document token count no loss")
@@ -158,6 +191,17 @@ class DataConfig:
         (), "batches never read, as first:last, numbered by the steps that would read them; later ones move up"
     )
     prefetch: int = setting(2, "batches prepared ahead of the step")
+
+    @property
+    def row_lengths(self) -> tuple[tuple[int, int], ...]:
+        """seq_lens as (step, length). Raises ValueError where an entry is not LENGTH@STEP."""
+        pairs = (entry.split("@") for entry in self.seq_lens)
+        return tuple((int(step), int(length)) for length, step in pairs)
+
+    @property
+    def separates(self) -> bool:
+        """Whether attention stays inside documents."""
+        return self.reset_at_eod or self.packing != "none"
 
 
 @dataclass(frozen=True)

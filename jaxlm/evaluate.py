@@ -12,19 +12,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxlm.config import Problem, UserError
+from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
-from jaxlm.data.samples import TokenRange
+from jaxlm.data.samples import TokenRange, whole
 from jaxlm.metrics.numbers import loss_text
 from jaxlm.session import (
     evaluate_batches,
     load_config,
-    make_loader,
-    open_corpus,
     open_tokenizer,
     open_tool_program,
     restore_params,
-    whole,
     with_vocabulary,
 )
 from jaxlm.settings import Parser, run_main
@@ -52,7 +50,7 @@ def evaluate(
             )  # fmt: skip
             prefixes = (made.prefix,)
         ranges: tuple[TokenRange, ...] = tuple(whole(IndexedDataset(prefix)) for prefix in prefixes)
-        loader = make_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer, shuffle=False)
+        loader = evaluation_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer)
         program = open_tool_program(config, plain=False)
         restored = restore_params(program, workdir, step)
         steps = tqdm(

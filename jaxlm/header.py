@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 import jaxlm
+from jaxlm.data.corpus import Corpus
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
-from jaxlm.session import Corpus, attention_facts
+from jaxlm.session import attention_facts
 from jaxlm.step import DETERMINISTIC, Program, abstract_state, num_params
 
 LAYOUT_FILE = "layout.txt"

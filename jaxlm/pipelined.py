@@ -69,7 +69,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
         if not holds:
             problems.append(Problem(where, text, remedy))
 
-    rows, shards = train.batch_size // train.accumulate, num_row_shards
+    rows, shards = train.batch_unit // train.accumulate, num_row_shards
     asked = f"pipeline.microbatches={M}"
     over = f"train.batch_size / train.accumulate = {rows} rows"
     need(rows % (M * shards) == 0, asked, f"does not split {over}, split over {shards} devices already",
@@ -154,7 +154,7 @@ def from_layers(pipe: Pipeline | None, saved: Any, like: Any) -> Any:
 def _parts(pipe: Pipeline, micro: Batch, data_M: Any, z_loss: float) -> pipeline.Parts:
     keys_M = None if data_M is None else jax.random.wrap_key_data(data_M)
     pieces = dataclasses.replace(pipe.pieces, loss=partial(pipe.pieces.loss, z_loss=z_loss))
-    return pieces.parts((micro.tokens, micro.labels, micro.weights), keys_M)
+    return pieces.parts(tuple(micro), keys_M)
 
 
 def _split(params: dict) -> tuple[Any, dict]:
@@ -172,7 +172,7 @@ def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Calla
         micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
         rows = jax.P(None, *layout.spec(("batch", "seq")))
         keys = None if keys_M is None else jax.random.key_data(keys_M)
-        ins = (specs("params"), Batch(rows, rows, rows), None if keys is None else jax.P())
+        ins = (specs("params"), jax.tree.map(lambda _: rows, micro), None if keys is None else jax.P())
         return jax.shard_map(local, mesh=layout.mesh, in_specs=ins, out_specs=outs(specs), check_vma=False)(
             params, micro, keys
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.config import Config, Problem, UserError, get, skipped_batches
+from jaxlm.data.corpus import same_weights
 from jaxlm.data.loader import batch_of
 from jaxlm.session import load_config
 from jaxlm.settings import SCHEMA, shown
@@ -25,7 +26,11 @@ SHAPE = (
 )  # fmt: skip
 DATA = (
     *(f"data.{key}" for key in ("path", "train", "tokenizer", "text_key", "split", "mask_eod_loss", "skip_steps")),
-    *(f"train.{key}" for key in ("batch_size", "seq_len", "seed")),
+    *(
+        f"data.{key}"
+        for key in ("order", "packing", "reset_at_eod", "seq_lens", "fim_rate", "fim_spm_rate", "fim_tokens")
+    ),
+    *(f"train.{key}" for key in ("batch_size", "batch_ramp", "seq_len", "seed")),
 )
 UPDATE = (
     *(key for key in SCHEMA if key.startswith("optim.") and key not in ("optim.name", "optim.offload")),
@@ -69,8 +74,10 @@ def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str],
 
 def _matters(key: str, before: Config, now: Config, step: int) -> bool:
     """Whether a changed `key` changes what a run at `step` does: some settings count only together with others."""
-    if key == "train.num_steps":  # the horizon of the schedules that end there
-        return now.optim.schedule in ("cosine", "linear", "wsd")
+    if key == "train.num_steps":  # the horizon of the schedules that end there, and what Megatron shuffles as one
+        return now.optim.schedule in ("cosine", "linear", "wsd") or now.data.order == "megatron"
+    if key == "data.train":  # weights may change, and sets join, from a later step on
+        return not same_weights(before.data.train, now.data.train, steps=step)
     if key == "data.skip_steps":  # batches that are still to come may be left out
         old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
         return any(batch_of(i, old) != batch_of(i, new) for i in range(step))
@@ -94,7 +101,7 @@ def compare_data(config: Config, workdir: Path, now: Mapping[str, str]) -> None:
     """
     key = "data.path" if config.data.path else "data.train"
     saved = saved_data(workdir)
-    if saved is None or list(saved.items()) == list(now.items()) or key in config.resume.allow:
+    if saved is None or list(saved.items()) == list(now.items())[: len(saved)] or key in config.resume.allow:
         return
     if not committed_steps(workdir / "checkpoints"):
         return

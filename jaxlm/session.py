@@ -20,11 +20,8 @@ import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checks import ignored
-from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get, skipped_batches
-from jaxlm.data.indexed import IndexedDataset
-from jaxlm.data.loader import Batch, Loader
-from jaxlm.data.prepare import prepare
-from jaxlm.data.samples import Samples, TokenRange, split_ranges
+from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
+from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
@@ -35,51 +32,6 @@ from jaxlm.settings import SCHEMA, from_json
 from jaxlm.step import Program, abstract_state, make_program
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The text of a run: what to train on, what to hold out, and how it is spelled."""
-
-    tokenizer: Tokenizer
-    training: tuple[TokenRange, ...]
-    held_out: tuple[TokenRange, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(r.num_tokens for r in self.training)
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """{name of a set: its fingerprint}, in the order of training; the folder a set lies in does not count."""
-        sets = [r.dataset for r in self.training]
-        return {f"{i}:{Path(s.prefix).name}": s.fingerprint() for i, s in enumerate(sets)}
-
-
-def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Corpus:
-    """Tokenizes data.path into workdir/data on first use, or opens data.train and data.eval.
-
-    Raises: UserError if a file is missing, malformed, changed since it was tokenized, or too short for a row.
-    """
-    data = config.data
-    if data.path:
-        ready = prepare(
-            data.path, tokenizer_spec=data.tokenizer, text_key=data.text_key, folder=workdir / "data", log=log
-        )  # fmt: skip
-        tokenizer, prefixes = ready.tokenizer, (ready.prefix,)
-    else:
-        tokenizer, prefixes = load_tokenizer(data.tokenizer), data.train
-    sets = [IndexedDataset(prefix) for prefix in prefixes]
-    if data.eval:
-        return Corpus(tokenizer, tuple(map(whole, sets)), tuple(whole(IndexedDataset(prefix)) for prefix in data.eval))
-    cuts = [split_ranges(s.num_tokens, shares=data.split) for s in sets]
-    training, held_out = (tuple(TokenRange(s, *cut[i]) for s, cut in zip(sets, cuts)) for i in (0, 1))
-    return Corpus(tokenizer, training, tuple(r for r in held_out if r.num_tokens > config.train.seq_len))
-
-
-def whole(dataset: IndexedDataset) -> TokenRange:
-    """All tokens of a set."""
-    return TokenRange(dataset, 0, dataset.num_tokens)
-
-
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """`config` with model.vocab_size from the tokenizer where it was left open. Raises UserError if it is too small."""
     size = config.model.vocab_size
@@ -88,30 +40,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         raise UserError(Problem(f"model.vocab_size={size}", text, "leave it out, or name the tokenizer of this model"))
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
-
-
-def make_loader(config: Config, ranges: tuple[TokenRange, ...], tokenizer: Tokenizer, *, shuffle: bool) -> Loader:
-    """Global batches over `ranges`: shuffled by train.seed without end, or in file order once."""
-    train = config.train
-    return Loader(
-        Samples(ranges, seq_len=train.seq_len, seed=train.seed, shuffle=shuffle),
-        train.batch_size,
-        eod=tokenizer.eod,
-        mask_eod_loss=config.data.mask_eod_loss,
-        vocab_size=config.model.vocab_size,
-        skip=skipped_batches(config.data.skip_steps) if shuffle else (),
-    )
-
-
-def open_held_out(config: Config, corpus: Corpus, note: Callable[[str], None]) -> Loader | None:
-    """The evaluation's loader, or None with a note. UserError if evaluations are asked for and no row is held out."""
-    if corpus.held_out:
-        return make_loader(config, corpus.held_out, corpus.tokenizer, shuffle=False)
-    if config.train.eval_every:
-        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
-        raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
-    note("no evaluation: data.split and data.eval hold no row out")
-    return None
 
 
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
@@ -128,10 +56,12 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    choose_attention(config.model, layout.platform)
-    choose_context(layout, config.model, config.train.seq_len)
+    choose_attention(config.model, layout.platform, documents=config.data.separates)
+    for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
+        choose_context(layout, config.model, length)
+        layout.check_divides("a row", (length,), ("residual",))
     shards, train = layout.num_row_shards, config.train
-    rows = train.batch_size // train.accumulate
+    rows = train.batch_unit // train.accumulate
     if rows % shards:
         over = "*".join(f"mesh.{axis}" for axis in layout.split("batch"))
         text = f"/ train.accumulate={train.accumulate} = {rows} rows do not split over {over} = {shards}"
@@ -176,7 +106,8 @@ def _fits(mesh: MeshConfig) -> bool:
 def attention_facts(program: Program) -> dict[str, str]:
     """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
     model, layout = program.config.model, program.layout
-    facts = {"attention": str(choose_attention(model, layout.platform))}
+    documents = program.config.data.separates
+    facts = {"attention": str(choose_attention(model, layout.platform, documents=documents))}
     if layout.split("seq"):
         facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
     return facts

@@ -317,7 +317,7 @@ def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array,
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     model, train = program.model(params), program.config.train
     return cross_entropy_sums(
-        model.hidden(batch.tokens, key),
+        model.hidden(batch.tokens, key, batch.starts),
         model.head_table[...],
         batch.labels,
         batch.weights,
@@ -346,7 +346,7 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
     state, rows, whole = state_shardings(program), batch_sharding(program), program.layout.replicated
     return jax.jit(
         partial(train_step, program),
-        in_shardings=(state, Batch(rows, rows, rows)),
+        in_shardings=(state, rows),
         out_shardings=(state, StepMetrics(*(whole for _ in StepMetrics._fields))),
         donate_argnums=0,
         compiler_options=compiler_options(program),
@@ -362,7 +362,7 @@ def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, ja
     params, rows, whole = state_shardings(program).params, batch_sharding(program), program.layout.replicated
     return jax.jit(
         partial(eval_step, program),
-        in_shardings=(params, Batch(rows, rows, rows)),
+        in_shardings=(params, rows),
         out_shardings=(whole, whole),
         compiler_options=compiler_options(program),
     )
@@ -375,7 +375,7 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
 def put_batch(program: Program, batch: Batch) -> Batch:
     """The batch on its devices, rows and positions split as the table has it."""
     sharding = batch_sharding(program)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
 
 
 def num_params(program: Program, *, positions: bool = True, padding: bool = True) -> int:

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
 from jaxlm.config import Config, Problem, UserError
+from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
 from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
@@ -40,11 +41,7 @@ from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
 from jaxlm.resume import compare_data, compare_with_last_start
 from jaxlm.session import (
-    Corpus,
     evaluate_batches,
-    make_loader,
-    open_corpus,
-    open_held_out,
     open_mesh,
     open_program,
     open_tool_program,
@@ -109,8 +106,8 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         config = resolved.config
         compare_data(config, workdir, corpus.fingerprints)
         program = open_program(config)
-        loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
-        held_out = open_held_out(config, corpus, progress.note)
+        loader = training_loader(config, corpus)
+        held_out = evaluation_loaders(config, corpus, progress.note)
         kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
         ledger.enter("restore")
@@ -193,7 +190,7 @@ class Loop:
     program: Program
     compiled: Compiled
     loader: Loader
-    held_out: Loader | None
+    held_out: dict[str, Loader]
     store: CheckpointStore
     log: MetricsLog
     progress: Progress
@@ -201,7 +198,7 @@ class Loop:
     meter: StepMeter
     ledger: Ledger
     made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
-    _evaluated: tuple[int, float] | None = field(default=None, init=False)
+    _evaluated: tuple[int, Mapping[str, float]] = field(default=(0, {}), init=False)
     _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
@@ -276,10 +273,12 @@ class Loop:
         (step, metrics, wait_s), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         config = self.program.config
-        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s)
+        tokens = self.loader.tokens_before(step)
+        of_step = tokens - self.loader.tokens_before(step - 1)
+        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s, tokens=of_step)
         skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
-            record = {"step": step} | values | {"tokens": step * config.train.batch_size * config.train.seq_len}
+            record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
             record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
             self.log.write(record)
@@ -300,16 +299,22 @@ class Loop:
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        if self.held_out is None:
-            return
+        """The loss on every set, each by its name, and eval_loss over the tokens of all."""
         self.ledger.enter("evaluate", step=step)
-        whole = self.held_out.num_batches or 0
-        count = min(whole, self.program.config.train.eval_batches or whole)
-        rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
-        result = evaluate_batches(self.compiled.evaluate, state.params, rows)
-        self._evaluated = (step, result.loss)
-        self.log.write({"step": step, "eval_loss": result.loss})
-        self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
+        found = {}
+        for name, held_out in self.held_out.items():
+            whole = held_out.num_batches or 0
+            count = min(whole, self.program.config.train.eval_batches or whole)
+            rows = (put_batch(self.program, held_out.batch(i)) for i in range(count))
+            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows)
+            of = f" of {name}" if name else ""
+            self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
+        if found:
+            tokens = max(sum(result.tokens for result in found.values()), 1)
+            mean = sum(result.loss * (result.tokens / tokens) for result in found.values())
+            losses = {"eval_loss": mean} | {f"eval_loss_{name}": result.loss for name, result in found.items() if name}
+            self._evaluated = (step, losses)
+            self.log.write({"step": step} | losses)
 
     def _save(self, step: int, state: TrainState) -> None:
         self.ledger.enter("save", step=step)
@@ -318,11 +323,8 @@ class Loop:
             rule = "an update made parameters infinite or not a number: the state is not saved"
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
             raise UserError(Problem(f"step {step}", rule, remedy), exit_code=EXIT_DIVERGED)
-        evaluated, loss = self._evaluated or (0, 0.0)
-        facts = {
-            "tokens": step * self.program.config.train.batch_size * self.program.config.train.seq_len,
-            "metrics": {"eval_loss": loss} if evaluated == step else {},
-        }
+        evaluated, losses = self._evaluated
+        facts = {"tokens": self.loader.tokens_before(step), "metrics": losses if evaluated == step else {}}
         self.store.save(step, as_saved(self.program, state), metadata=self.made_with | facts | without_recent(state)[1])
 
     def _announce_commits(self) -> None:
@@ -337,7 +339,6 @@ class Loop:
 
 def make_meter(facts: dict) -> StepMeter:
     return StepMeter(
-        tokens_per_step=facts["tokens_per_step"],
         flops_per_token=facts["flops_per_token"],
         peak_flops_per_s=peak_flops_per_s(facts["device_kind"]),
         num_devices=facts["devices"],

@@ -22,8 +22,9 @@ from unittest import mock
 
 import jax
 
+from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.models.presets import PRESETS
-from jaxlm.session import make_loader, open_corpus, open_program, with_vocabulary
+from jaxlm.session import open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import compile_step, init_state, put_batch
 
@@ -55,7 +56,7 @@ def measure(config, corpus, steps: int, rounds: int) -> dict:
     compiled, batches, seconds = {}, [], {name: [] for name in VARIANTS}
     for name, settings in VARIANTS.items():
         program = open_program(dataclasses.replace(config, train=dataclasses.replace(config.train, **settings)))
-        loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+        loader = training_loader(config, corpus)
         batches = batches or [put_batch(program, loader.batch(i)) for i in range(8)]
         # a predicate that is true when the step is traced leaves no check in the program
         unchecked = mock.patch("jaxlm.step.jnp.isfinite", lambda x: True)

@@ -22,10 +22,11 @@ import jax
 
 from jaxlm import train
 from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog
 from jaxlm.models.presets import PRESETS
-from jaxlm.session import make_loader, open_corpus, open_program, with_vocabulary
+from jaxlm.session import open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import init_state, put_batch
 
@@ -57,7 +58,7 @@ class WithoutSaves(train.Loop):
 def measure(config, corpus, folder: Path, rounds: int) -> dict:
     """Median seconds of a step over rounds of train.num_steps steps, bare and looped, and the share the loop adds."""
     program = open_program(config)
-    loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+    loader = training_loader(config, corpus)
     state = init_state(program)
     compiled = train.build(program, state, loader)
     facts = train.describe(program, corpus, compiled.memory_bytes)
@@ -78,7 +79,7 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
             train.Ledger(folder / f"round-{i}") as ledger,
         ):
             loop = WithoutSaves(
-                program=program, compiled=compiled, loader=loader, held_out=None, store=store, log=log,
+                program=program, compiled=compiled, loader=loader, held_out={}, store=store, log=log,
                 progress=progress, stop=stop, meter=train.make_meter(facts), ledger=ledger,
             )  # fmt: skip
             begin = time.perf_counter()

@@ -26,10 +26,11 @@ import jax
 import numpy as np
 
 from jaxlm.config import MESH_AXES, Config, MeshConfig, PipelineConfig, Problem, UserError
+from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.describe import communication_summary
 from jaxlm.parallel.mesh import make_layout
-from jaxlm.session import make_loader, open_corpus, with_vocabulary
+from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import init_state, make_program, put_batch
 from jaxlm.train import build
@@ -76,7 +77,7 @@ def measure(config: Config, corpus, text: str, steps: int) -> dict:
     config = apply(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=steps)), text)
     layout = make_layout(config.mesh, jax.devices()[: math.prod(config.mesh.degrees.values())])
     program = make_program(config, layout)
-    loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+    loader = training_loader(config, corpus)
     state = init_state(program)
     compiled = build(program, state, loader)
     losses, times_s = [], []

@@ -22,9 +22,10 @@ import jax
 from bench_meshes import apply
 
 from jaxlm.config import Config
+from jaxlm.data.corpus import Corpus, open_corpus, training_loader
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
-from jaxlm.session import Corpus, make_loader, open_corpus, with_vocabulary
+from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import compile_step, init_state, make_program, put_batch
 
@@ -79,7 +80,7 @@ def step_s(config: Config, corpus: Corpus, steps: int) -> float:
         devices *= degree
     program = make_program(config, make_layout(config.mesh, jax.devices()[:devices]))
     state, run = init_state(program), compile_step(program)
-    loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+    loader = training_loader(config, corpus)
     batch, times_s = put_batch(program, loader.batch(0)), []
     for _ in range(steps + 2):
         begin = time.perf_counter()

@@ -19,10 +19,11 @@ import numpy as np
 from bench_meshes import apply
 
 from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.session import make_loader, open_corpus, with_vocabulary
+from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
 from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         corpus = open_corpus(config, Path(folder), lambda _: None)
         config = with_vocabulary(config, corpus.tokenizer)
-        loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
+        loader = training_loader(config, corpus)
         programs = []
         for text in args.meshes:
             case = apply(config, text)

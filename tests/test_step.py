@@ -161,7 +161,9 @@ def test_dropout_keys_differ_by_layer_and_by_microbatch_and_evaluation_has_none(
     assert len(set(keys)) == 4
     c = tiny.config(dropout=0.3, train=dict(accumulate=2))
     half = tiny.batch(tiny.replace(c, train=dict(batch_size=4)))
-    twice = Batch(*(np.repeat(a, 2, axis=0) for a in half))  # microbatch m takes rows m, m+2, ...: both are `half`
+    twice = jax.tree.map(
+        lambda a: np.repeat(a, 2, axis=0), half
+    )  # microbatch m takes rows m, m+2, ...: both are `half`
     one = loss_and_grads(tiny.replace(c, train=dict(accumulate=1, batch_size=4)), half)[0]
     assert abs(loss_and_grads(c, twice)[0] - one) > 1e-3
     sums = []
@@ -294,7 +296,7 @@ def test_evaluation_counts_tokens_and_ignores_z_loss(reference):
 
 
 def test_a_batch_is_plain_arrays():
-    assert Batch._fields == ("tokens", "labels", "weights")
+    assert Batch._fields == ("tokens", "labels", "weights", "starts")
 
 
 def with_window(state, program, values, count=WINDOW):

@@ -5,11 +5,14 @@
     tokenizer.py   bytes, chars, gpt2, hf, tiktoken, sentencepiece behind one protocol
     documents.py   source files (.jsonl, plain text, .gz, .zst) to documents, in constant memory
     encode.py      documents to token sets, in this process or several; progress.py tells how far it is
-    preprocess.py  the command that writes token sets;  verify.py the command that checks them
+    preprocess.py, merge.py, verify.py, inspect.py   the commands that write, join, check and show token sets
     prepare.py     text named in a config to a token set in the workdir, once
-    samples.py     sample number -> window of tokens, without state
+    samples.py     sample number -> stretches of tokens, without state;  megatron.py the same as Megatron draws them
+    packing.py     rows of whole documents;  blend.py mixtures of any samples;  infill.py rows with their middles moved
+    ramp.py        step number -> how many samples
     loader.py      step number -> batch, and the thread that works ahead
+    corpus.py      a config's data section, opened
 
-May import `jaxlm.config`, numpy, tokenizers, zstandard and tqdm (tiktoken and sentencepiece where a tokenizer is
-named after them); neither jax nor another room. Start reading at `loader.py`, then `samples.py`.
+May import `jaxlm.config` and `jaxlm.settings`, numpy, tokenizers, zstandard and tqdm (tiktoken and sentencepiece where a
+tokenizer is named after them); neither jax nor another room. Start reading at `corpus.py`, then `loader.py`, `samples.py`.
 """

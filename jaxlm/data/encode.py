@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,6 +23,7 @@ from jaxlm.data.documents import Chunk, parse
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
+SHARD_CHUNKS = 64  # written between two marks from which a killed command goes on
 CHUNKS_PER_WORKER = 3  # read ahead of the writer; bounds memory
 BAD_LINES_KEPT = 20
 
@@ -41,6 +43,7 @@ class Encoded(NamedTuple):
 class Totals:
     """What went into the sets; documents, tokens and empty ones are counted over all keys."""
 
+    chunks: int = 0
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0  # of uncompressed input
@@ -59,15 +62,18 @@ def write_documents(
     max_bad_lines: int,
     bad_lines_remedy: str,
     on_progress: Callable[[Totals], object],
+    before: Totals | None = None,
+    on_shard: Callable[[Totals], object] = lambda _: None,
 ) -> Totals:
     """Encode chunks and append each document to the writer of its key; the result does not depend on `workers`.
 
-    Empty documents are dropped. A line without text is skipped and counted.
+    Empty documents are dropped. A line without text is skipped and counted. `on_shard` is told now and then how far it
+    is; `before` is such a moment of an earlier call, from which this one goes on.
     Raises: UserError past `max_bad_lines` such lines, with `bad_lines_remedy` as what to do.
     """
-    totals = Totals()
-    keys = tuple(writers)
-    for encoded in _encode_all(chunks, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
+    totals = before or Totals()
+    keys, rest = tuple(writers), itertools.islice(chunks, totals.chunks, None)
+    for encoded in _encode_all(rest, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
         for number, reason in encoded.bad_lines:
             totals.bad += 1
             if totals.bad > max_bad_lines:
@@ -81,7 +87,10 @@ def write_documents(
             totals.tokens += len(tokens)
         totals.empty += encoded.num_empty
         totals.text_bytes += encoded.text_bytes
+        totals.chunks += 1
         on_progress(totals)
+        if totals.chunks % SHARD_CHUNKS == 0:
+            on_shard(totals)
     return totals
 
 

@@ -22,10 +22,9 @@ import glob
 import hashlib
 import os
 import struct
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -37,7 +36,7 @@ HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floating point, and which is which depends on the Megatron fork: never tokens.
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-_BLOCK = 1 << 20  # entries checked or written at a time
+_BLOCK = 1 << 18  # entries checked or written at a time
 _ENDS = 1 << 16  # bytes of each end of a file that its fingerprint covers
 _REMEDY = "restore the file from where it came, or write the set again with python -m jaxlm.data.preprocess"
 
@@ -50,6 +49,12 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
 def set_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The two files of a set: `prefix.bin` and `prefix.idx`."""
     return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
+
+
+def temporary_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """What a writer of `prefix` keeps until it is done: tokens, the start of the index, the document index."""
+    bin_path, idx_path = set_paths(prefix)
+    return Path(f"{bin_path}.tmp"), Path(f"{idx_path}.tmp"), Path(f"{os.fspath(prefix)}.doc.tmp")
 
 
 class IndexedDataset:
@@ -74,9 +79,9 @@ class IndexedDataset:
         documents_at = pointers_at + 8 * num_sequences
         self.lengths = raw[HEADER.size : pointers_at].view("<i4")
         self._pointers = raw[pointers_at:documents_at].view("<i8")
-        self.document_indices = raw[documents_at : documents_at + 8 * num_entries].view("<i8")
-        self.num_tokens = _check_sequences(idx_path, self.lengths, self._pointers, self.dtype.itemsize)
-        _check_documents(idx_path, self.document_indices, num_sequences, documents_at)
+        self.document_indices = raw[documents_at:].view("<i8")
+        self.num_tokens = _check_sequences(idx_path, num_sequences, self.dtype.itemsize)
+        _check_documents(idx_path, num_entries, num_sequences)
         expected_bytes = self.num_tokens * self.dtype.itemsize
         if (found_bytes := bin_path.stat().st_size) != expected_bytes:
             rule = f"has {found_bytes} bytes; {self.num_tokens} {self.dtype.name} tokens in {idx_path.name} take"
@@ -95,6 +100,11 @@ class IndexedDataset:
         """The tokens of one sequence, dtype[length]. Raises: IndexError outside [-S, S)."""
         start = int(self._pointers[sequence]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[sequence])]
+
+    def first_tokens(self, sequences: np.ndarray) -> np.ndarray:
+        """Position in `tokens` of the first token of each sequence, int64; for sequence S, the end."""
+        known = self._pointers[np.minimum(sequences, len(self) - 1)] // self.dtype.itemsize if len(self) else 0
+        return np.where(np.asarray(sequences) < len(self), known, self.num_tokens)
 
     def fingerprint(self) -> str:
         """Tokens, dtype and a digest that another set of the name would not have, in O(1): sizes, both ends of both files."""
@@ -159,70 +169,99 @@ def _read_header(path: Path, raw: np.ndarray) -> tuple[np.dtype, int, int]:
     return DTYPES[code], num_sequences, num_entries
 
 
-def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+def _read_blocks(path: Path, offset: int, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first, entries) of `count` entries from `offset` on, a block at a time. Read rather than mapped: an
+    .idx may be as large as memory, and pages of a map that were touched count as this process's own."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for start in range(0, count, _BLOCK):
+            yield start, np.fromfile(file, dtype, min(_BLOCK, count - start))
+
+
+def _check_sequences(path: Path, num_sequences: int, itemsize: int) -> int:
     """Tokens in all sequences; refuses a negative length or a pointer that is not the sum of the lengths before it."""
-    num_tokens = 0
-    for start in range(0, len(lengths), _BLOCK):
-        length = lengths[start : start + _BLOCK].astype(np.int64)
-        ends = num_tokens + np.cumsum(length)
-        if (length < 0).any():
-            k = start + int(np.argmax(length < 0))
-            _refuse(path, HEADER.size + 4 * k, f"length of sequence {k} is {lengths[k]}; it cannot be negative")
+    num_tokens, pointers_at = 0, HEADER.size + 4 * num_sequences
+    lengths = _read_blocks(path, HEADER.size, "<i4", num_sequences)
+    for (start, length), (_, pointer) in zip(lengths, _read_blocks(path, pointers_at, "<i8", num_sequences)):
+        if int(length.min()) < 0:
+            k = int(np.argmax(length < 0))
+            _refuse(
+                path,
+                HEADER.size + 4 * (start + k),
+                f"length of sequence {start + k} is {length[k]}; it cannot be negative",
+            )
+        ends = num_tokens + np.cumsum(length, dtype=np.int64)
         expected = (ends - length) * itemsize
-        wrong = pointers[start : start + _BLOCK] != expected
-        if wrong.any():
-            k = int(np.argmax(wrong))
-            offset = HEADER.size + 4 * len(lengths) + 8 * (start + k)
-            rule = f"pointer of sequence {start + k} is {pointers[start + k]}, not {expected[k]}"
-            _refuse(path, offset, f"{rule}, the bytes of the sequences before it")
+        if not np.array_equal(pointer, expected):
+            k = int(np.argmax(pointer != expected))
+            rule = f"pointer of sequence {start + k} is {pointer[k]}, not {expected[k]}"
+            _refuse(path, pointers_at + 8 * (start + k), f"{rule}, the bytes of the sequences before it")
         num_tokens = int(ends[-1])
     return num_tokens
 
 
-def _check_documents(path: Path, entries: np.ndarray, num_sequences: int, offset: int) -> None:
+def _check_documents(path: Path, num_entries: int, num_sequences: int) -> None:
     """Refuses a document index that does not start at 0, ever falls, or does not end at the number of sequences."""
-    if entries[0] != 0:
-        _refuse(path, offset, f"document index starts with {entries[0]}, not 0")
-    for start in range(0, len(entries) - 1, _BLOCK):
-        block = entries[start : start + _BLOCK + 1]
-        falls = block[1:] < block[:-1]
-        if falls.any():
-            k = start + 1 + int(np.argmax(falls))
-            _refuse(path, offset + 8 * k, f"document index falls from {entries[k - 1]} to {entries[k]} at entry {k}")
-    if entries[-1] != num_sequences:
-        last = offset + 8 * (len(entries) - 1)
-        _refuse(path, last, f"document index ends with {entries[-1]}; there are {num_sequences} sequences")
+    offset, last = HEADER.size + 12 * num_sequences, 0
+    for start, block in _read_blocks(path, offset, "<i8", num_entries):
+        if start == 0 and block[0] != 0:
+            _refuse(path, offset, f"document index starts with {block[0]}, not 0")
+        if block[0] < last or (block[1:] < block[:-1]).any():
+            before = np.concatenate(([last], block[:-1]))
+            k = int(np.argmax(block < before))
+            rule = f"document index falls from {before[k]} to {block[k]} at entry {start + k}"
+            _refuse(path, offset + 8 * (start + k), rule)
+        last = int(block[-1])
+    if last != num_sequences:
+        at = offset + 8 * (num_entries - 1)
+        _refuse(path, at, f"document index ends with {last}; there are {num_sequences} sequences")
+
+
+class Mark(NamedTuple):
+    """How far a writer is."""
+
+    tokens: int
+    sequences: int
+    documents: int
+
+
+NOTHING = Mark(0, 0, 0)
 
 
 class IndexedWriter:
-    """Writes a token set as it comes; memory holds 12 bytes a document and no tokens.
+    """Writes a token set as it comes; memory holds nothing of it.
 
     Files appear under their names only in `close`, an older set of that name being replaced whole; a writer that is
-    killed or leaves its `with` block by an exception leaves the older set, or none, never half of one.
+    killed or leaves its `with` block by an exception leaves the older set, or none, never half of one. What a killed one
+    had written stays in temporary files, and `resume` goes on from a mark that it had passed (`flush`).
     Raises: UserError if another process writes this prefix, if a token does not fit `dtype`, or if a sequence has
     2^31 tokens or more.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str):
+    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark = NOTHING):
         self.prefix = os.fspath(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
         self._paths = set_paths(prefix)
-        self._temporary = tuple(path.with_name(path.name + ".tmp") for path in self._paths)
-        self._lengths = array("i")
-        self._documents = array("q", [0])
-        self.num_tokens = 0
+        self._temporary = temporary_paths(prefix)
+        self.num_tokens, self._num_sequences, self.num_documents = resume
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         file = open_exclusive(self._temporary[0], wait=False)
         if file is None:
             remedy = "wait for it to end, or choose another prefix"
             raise UserError(Problem(f"token set {self.prefix}", "another process is writing it", remedy))
-        file.truncate(0)
-        self._file: BinaryIO = file
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._documents) - 1
+        for path in self._temporary[1:]:
+            path.touch()
+        # tokens; header and lengths; document index without its leading 0
+        self._files: list[BinaryIO] = [file, *(open(path, "r+b") for path in self._temporary[1:])]  # noqa: SIM115
+        self._open_sequences = 0  # of the document that is being written
+        sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * resume.sequences, 8 * resume.documents)
+        for file, size in zip(self._files, sizes, strict=True):
+            if resume != NOTHING and file.seek(0, os.SEEK_END) < size:
+                rule = "is shorter than when the command that is to go on was ended"
+                raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, "begin anew: pass --overwrite"))
+            file.truncate(size)
+            file.seek(size)
 
     def add_document(self, tokens: np.ndarray | Iterable[int]) -> None:
         """Append a document of one sequence."""
@@ -231,20 +270,30 @@ class IndexedWriter:
 
     def add_documents(self, tokens: np.ndarray, *, lengths: np.ndarray) -> None:
         """Append `len(lengths)` documents of one sequence each, whose tokens lie end to end in `tokens`."""
-        assert int(np.sum(lengths, dtype=np.int64)) == len(tokens)
-        self._append(tokens, lengths)
-        first = self._documents[-1]
-        assert first + len(lengths) == len(self._lengths), "end_document was not called after the last sequence"
-        self._documents.frombytes(np.arange(first + 1, first + 1 + len(lengths), dtype=np.int64).tobytes())
+        self.add_sequences(tokens, lengths=lengths, document_ends=np.arange(1, len(lengths) + 1))
 
     def add_sequence(self, tokens: np.ndarray | Iterable[int]) -> None:
         """Append one sequence to the document that is being written."""
         values = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
         self._append(values, np.array([len(values)]))
+        self._open_sequences += 1
 
     def end_document(self) -> None:
         """Close the document that is being written; one without sequences is allowed."""
-        self._documents.append(len(self._lengths))
+        self._end_documents(np.array([self._num_sequences]))
+        self._open_sequences = 0
+
+    def add_sequences(self, tokens: np.ndarray, *, lengths: np.ndarray, document_ends: np.ndarray) -> None:
+        """Append whole documents: `document_ends` counts the sequences of `lengths` up to the end of each."""
+        assert int(np.sum(lengths, dtype=np.int64)) == len(tokens)
+        assert not self._open_sequences, "end_document was not called after the last sequence"
+        first = self._num_sequences
+        self._append(tokens, lengths)
+        self._end_documents(first + document_ends)
+
+    def _end_documents(self, ends: np.ndarray) -> None:
+        self._files[2].write(ends.astype("<i8", copy=False).tobytes())
+        self.num_documents += len(ends)
 
     def _append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         limits = np.iinfo(self.dtype)
@@ -257,40 +306,53 @@ class IndexedWriter:
             rule = f"has {int(lengths.max())} tokens; the format counts up to {MAX_SEQUENCE_TOKENS}"
             where = f"token set {self.prefix}, document {self.num_documents}"
             raise UserError(Problem(where, rule, "split the document"))
-        self._file.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
-        self._lengths.frombytes(np.asarray(lengths, np.int32).tobytes())
+        self._files[0].write(np.ascontiguousarray(tokens, self.dtype).tobytes())
+        self._files[1].write(lengths.astype("<i4").tobytes())
         self.num_tokens += len(tokens)
+        self._num_sequences += len(lengths)
+
+    def flush(self) -> Mark:
+        """All that was appended, on the disk; the mark for `resume`."""
+        assert not self._open_sequences, "end_document was not called after the last sequence"
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        return Mark(self.num_tokens, self._num_sequences, self.num_documents)
 
     def close(self) -> None:
         """Write the index and give both files their names."""
-        assert self._documents[-1] == len(self._lengths), "end_document was not called after the last sequence"
+        self.flush()
+        self._finish_index()
         bin_path, idx_path = self._paths
-        with open(self._temporary[1], "wb") as file:
-            self._write_index(file)
-        self._file.flush()
         idx_path.unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
         sync_folder(idx_path.parent)
         publish(self._temporary[0], bin_path)
         publish(self._temporary[1], idx_path)
-        self._file.close()
+        self._temporary[2].unlink()
+        for file in self._files:
+            file.close()
 
-    def _write_index(self, file: BinaryIO) -> None:
-        file.write(HEADER.pack(MAGIC, 1, self._code, len(self._lengths), len(self._documents)))
-        lengths = np.frombuffer(self._lengths, np.int32)
-        file.write(lengths.astype("<i4", copy=False).data)
-        offset = 0
-        for start in range(0, len(lengths), _BLOCK):
-            sizes = lengths[start : start + _BLOCK].astype(np.int64) * self.dtype.itemsize
-            ends = offset + np.cumsum(sizes)
-            file.write((ends - sizes).astype("<i8", copy=False).data)
-            offset = int(ends[-1])
-        file.write(np.frombuffer(self._documents, np.int64).astype("<i8", copy=False).data)
+    def _finish_index(self) -> None:
+        """Pointers and document index behind the lengths, then the header before them."""
+        num_entries, file, pointer = self.num_documents + 1, self._files[1], 0
+        for _, lengths in _read_blocks(self._temporary[1], HEADER.size, "<i4", self._num_sequences):
+            sizes = lengths.astype(np.int64) * self.dtype.itemsize
+            ends = pointer + np.cumsum(sizes)
+            file.write((ends - sizes).astype("<i8", copy=False).tobytes())
+            pointer = int(ends[-1])
+        file.write(bytes(8))
+        for _, entries in _read_blocks(self._temporary[2], 0, "<i8", self.num_documents):
+            file.write(entries.tobytes())
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, num_entries))
+        file.flush()
 
     def abandon(self) -> None:
         """Drop what was written."""
         for path in self._temporary:
             path.unlink(missing_ok=True)
-        self._file.close()
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -300,5 +362,7 @@ class IndexedWriter:
             if kind is None:
                 self.close()
         finally:
-            if not self._file.closed:
+            if not self._files[0].closed and issubclass(
+                kind or Exception, Exception
+            ):  # who is interrupted goes on later
                 self.abandon()

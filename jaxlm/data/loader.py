@@ -12,7 +12,9 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.samples import Samples
+from jaxlm.data.indexed import IndexedDataset
+from jaxlm.data.ramp import Ramp, in_force
+from jaxlm.data.samples import Samples, Span
 
 T = TypeVar("T")
 
@@ -24,6 +26,7 @@ class Batch(NamedTuple):
     tokens: Any  # int32[B, T]
     labels: Any  # int32[B, T], the token after each
     weights: Any  # float32[B, T], 1 where the label counts and 0 where not
+    starts: Any = None  # int32[B, T], where in its row the document of each token starts; None: a row is one document
 
 
 def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
@@ -34,75 +37,137 @@ def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
 
 
 class Loader:
-    """The batches of `samples`: row r of step s is sample batch_of(s, skip) * batch_size + r.
+    """The batches of `samples`: batch i takes `ramp.size(i)` of them, from number `ramp.before(i)` on, and a step reads
+    batch `batch_of(step, skip)`.
 
-    Unshuffled samples are one epoch in `num_batches` steps, the last filled up with rows of token 0 and weight 0;
-    shuffled ones go on for ever and `num_batches` is None.
+    A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
+    fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
     With `mask_eod_loss`, a position whose input is `eod` has weight 0: what follows a document's end is a new document.
-    Raises: UserError if `mask_eod_loss` is asked for and there is no `eod`.
+    With `separates`, batches have `starts`: a document starts after each `eod`, and with each span of separate ones.
+    `rewrite` is given the tokens of a sample, and its number.
+    Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
     def __init__(
         self,
         samples: Samples,
-        batch_size: int,
+        ramp: Ramp,
         *,
         eod: int | None,
-        mask_eod_loss: bool,
         vocab_size: int,
+        mask_eod_loss: bool = False,
+        separates: bool = False,
+        lengths: Sequence[tuple[int, int]] = (),
         skip: Sequence[tuple[int, int]] = (),
+        rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
-        if mask_eod_loss and eod is None:
+        if (mask_eod_loss or separates) and eod is None:
+            where = "data.mask_eod_loss" if mask_eod_loss else "data.reset_at_eod, data.packing"
             rule = "the tokenizer has no end-of-document token"
-            raise UserError(Problem("data.mask_eod_loss=True", rule, "set it to False, or use another tokenizer"))
-        assert batch_size > 0 and vocab_size > 0 and (samples.shuffle or not skip)
-        self.samples = samples
-        self.batch_size = batch_size
+            raise UserError(Problem(where, rule, "leave it out, or use another tokenizer"))
+        assert vocab_size > 0 and (separates or not samples.separate) and (samples.endless or not skip)
+        self.samples, self.ramp, self.lengths, self.skip = samples, ramp, lengths, skip
         self.vocab_size = vocab_size
-        self.skip = skip
-        self._masked_token = eod if mask_eod_loss else None
-        self.num_batches = None if samples.shuffle else -(-samples.samples_per_epoch // batch_size)
+        self._eod, self._masks, self._separates, self._rewrite = eod, mask_eod_loss, separates, rewrite
+        self.num_batches = None if samples.endless else -(-samples.num_samples // ramp.final)
 
-    def batch(self, step: int, *, rows: range | None = None) -> Batch:
-        """The batch of a step, or those of its rows that `rows` names: a host that reads rows 4..7 passes range(4, 8).
-
-        Raises: UserError naming file and offset of a token id that is not below `vocab_size`.
-        """
-        rows = range(self.batch_size) if rows is None else rows
-        assert step >= 0 and (self.num_batches is None or step < self.num_batches)
-        assert len(rows) == 0 or (min(rows) >= 0 and max(rows) < self.batch_size)
-        first = self.first_sample(step)
-        indices = first + np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
-        num_real = len(indices)
-        real = np.ones(num_real, bool) if self.samples.shuffle else indices < self.samples.samples_per_epoch
-        x_BT1 = np.zeros((num_real, self.samples.seq_len + 1), np.int32)
-        x_BT1[real] = self.samples.rows(indices[real])
-        if x_BT1.size and x_BT1.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
-            self._refuse_token(x_BT1, indices)
-        weights = np.broadcast_to(real[:, None], (num_real, self.samples.seq_len)).astype(np.float32)
-        if self._masked_token is not None:
-            weights[x_BT1[:, :-1] == self._masked_token] = 0
-        return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
+    def tokens_before(self, step: int) -> int:
+        """Tokens in all steps before it."""
+        passed, before = batch_of(step, self.skip), self.ramp.before
+        left_out = sum(before(stop) - before(start) for start, stop in self.skip if start < passed)
+        return (before(passed) - left_out) * self.samples.seq_len
 
     def first_sample(self, step: int) -> int:
-        """The sample that is row 0 of a step; the other rows follow it."""
-        return batch_of(step, self.skip) * self.batch_size
+        """The first sample of a step; the others follow it."""
+        return self.ramp.before(batch_of(step, self.skip))
 
     def places(self, step: int, *, most: int = 4) -> str:
         """Where the rows of a step come from, as people look it up: its samples, and set and first token of some."""
-        first = self.first_sample(step)
-        rows = [self.samples.locate(index) for index in range(first, first + min(most, self.batch_size))]
-        named = ", ".join(f"{Path(dataset.prefix).name} token {position}" for dataset, position in rows)
-        return f"samples {first}..{first + self.batch_size - 1}: {named}" + (", ..." if self.batch_size > most else "")
+        first, size = self.first_sample(step), self.ramp.size(batch_of(step, self.skip))
+        spans = self.samples.spans(range(first, first + min(most, size)))
+        named = ", ".join(f"{Path(row[0].dataset.prefix).name} token {row[0].start}" for row in spans)
+        return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > most else "")
 
-    def _refuse_token(self, x_BT1: np.ndarray, indices: np.ndarray) -> NoReturn:
-        row, column = np.argwhere(x_BT1.view(np.uint32) >= self.vocab_size)[0].tolist()
-        dataset, first = self.samples.locate(int(indices[row]))
-        position = first + column
-        where = f"{dataset.prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
-        rule = f"token id {int(dataset.tokens[position])} is not below the vocabulary size, {self.vocab_size}"
-        remedy = "set model.vocab_size and data.tokenizer to those the set was made with, or tokenize it anew"
-        raise UserError(Problem(where, rule, remedy))
+    def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> Batch:
+        """The batch of a step, or the rows of it that one of several hosts feeds: an even share, in order.
+
+        Raises: UserError naming file and offset of a token id that is not below `vocab_size`.
+        """
+        assert step >= 0 and (self.num_batches is None or step < self.num_batches)
+        number = batch_of(step, self.skip)
+        size, first = self.ramp.size(number), self.ramp.before(number)
+        assert size % hosts == 0, "rows split evenly over hosts"
+        indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
+        num_real = len(indices) if self.samples.endless else int((indices < self.samples.num_samples).sum())
+        spans = self.samples.spans(indices[:num_real])
+        fill = self._separate if self.samples.separate else self._joined
+        rows = fill(spans, indices)
+        for x in rows[:2]:
+            if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
+                self._refuse_token(spans)
+        T = in_force(self.lengths, number, self.samples.seq_len)
+        rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
+        if self._masks:
+            rows.weights[rows.tokens == self._eod] = 0
+        return rows._replace(starts=self._starts(rows)) if self._separates else rows
+
+    def _joined(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
+        """Each sample one stretch of tokens."""
+        x_BT1 = np.zeros((len(indices), self.samples.seq_len + 1), np.int32)
+        for row, parts, index in zip(x_BT1, spans, indices.tolist()):
+            at = 0
+            for dataset, start, stop in parts:
+                row[at : at + stop - start] = _read(dataset, start, stop)
+                at += stop - start
+            if self._rewrite is not None:
+                row[:] = self._rewrite(row, index)
+        weights = np.zeros((len(indices), self.samples.seq_len), np.float32)
+        weights[: len(spans)] = 1
+        return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
+
+    def _separate(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
+        """Each span inputs and labels of its own; what is left of a row is one more document, of weight 0."""
+        shape = (len(indices), self.samples.seq_len)
+        tokens, labels, starts = (np.zeros(shape, np.int32) for _ in range(3))
+        weights = np.zeros(shape, np.float32)
+        for row, parts in enumerate(spans):
+            at = 0
+            for dataset, start, stop in parts:
+                here, at = slice(at, at + stop - start - 1), at + stop - start - 1
+                values = _read(dataset, start, stop)
+                tokens[row, here], labels[row, here], weights[row, here], starts[row, here] = (
+                    *(values[:-1], values[1:], 1, here.start),
+                )
+            starts[row, at:] = at
+        return Batch(tokens, labels, weights, starts)
+
+    def _starts(self, rows: Batch) -> np.ndarray:
+        """Where each position's document starts: after the last `eod` before it, or where its span does."""
+        B, T = rows.tokens.shape
+        starts_BT = np.zeros((B, T), np.int32)
+        if rows.starts is not None:  # counted in a sample; where a row begins within one, so does a document
+            starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
+        after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
+        starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
+        return starts_BT
+
+    def _refuse_token(self, spans: list[list[Span]]) -> NoReturn:
+        for dataset, start, stop in (span for row in spans for span in row):
+            tokens = dataset.tokens[start:stop]
+            wrong = (tokens < 0) | (tokens >= self.vocab_size)
+            if wrong.any():
+                position = start + int(np.argmax(wrong))
+                where = f"{dataset.prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
+                rule = f"token id {int(dataset.tokens[position])} is not below the vocabulary size, {self.vocab_size}"
+                remedy = "set model.vocab_size and data.tokenizer to those the set was made with, or tokenize it anew"
+                raise UserError(Problem(where, rule, remedy))
+        raise AssertionError("only what a set holds can be out of range")
+
+
+def _read(dataset: IndexedDataset, start: int, stop: int) -> np.ndarray:
+    """Tokens of a set; ids beyond int32 come out as -1 or 2^31 - 1, which no vocabulary has."""
+    tokens = dataset.tokens[start:stop]
+    return tokens if tokens.itemsize < 8 else np.clip(tokens, -1, 2**31 - 1)
 
 
 def prefetch(make: Callable[[int], T], *, start: int, stop: int, depth: int) -> Prefetch[T]:

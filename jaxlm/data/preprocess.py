@@ -7,14 +7,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import os
 import sys
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.documents import expand, read_chunks
+from jaxlm.data.atomic import write_whole
+from jaxlm.data.documents import CHUNK_BYTES, expand, read_chunks
 from jaxlm.data.encode import Totals, write_documents
-from jaxlm.data.indexed import IndexedWriter, optimal_dtype, set_paths
+from jaxlm.data.indexed import NOTHING, IndexedWriter, Mark, optimal_dtype, set_paths
 from jaxlm.data.progress import Progress
 from jaxlm.data.tokenizer import load_tokenizer
 
@@ -26,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
         description="Tokenize text into Megatron .bin/.idx sets: PREFIX_KEY_document.bin and .idx for each JSON key. "
         "A .jsonl, .ndjson or .json file holds one JSON object a line and a document in each; any other file is one "
         "document of UTF-8 text, held in memory. .gz and .zst are decompressed. Empty documents are dropped. Files "
-        "appear only when complete. The result does not depend on --workers. "
-        "Exit codes: 0 written; 2 bad input, options or environment; 130 interrupted. Nothing is written but with 0.",
+        "appear only when complete. The result does not depend on --workers. A command that was killed or interrupted goes "
+        "on from its last finished shard when it is run again. "
+        "Exit codes: 0 written; 2 bad input, options or environment, and nothing is written; 130 interrupted.",
     )
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="source files or globs, in this order")
@@ -39,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=usable, metavar="N", help=f"processes that tokenize (default: CPUs, {usable})")
     skip = "lines without JSON or the keys that are skipped and listed; one more is an error (default: 0)"
     add("--max-bad-lines", type=int, default=0, metavar="N", help=skip)
-    add("--overwrite", action="store_true", help="replace sets that exist")
+    add("--overwrite", action="store_true", help="replace sets that exist, and begin anew")
     return result
 
 
@@ -55,10 +62,17 @@ def run(options: argparse.Namespace) -> list[str]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
     total_bytes = sum(os.path.getsize(path) for path in files)
     progress = Progress(total_bytes=total_bytes, log=_to_stderr, bar=sys.stderr.isatty())
+    journal = Journal(options, files, tokenizer.files)
+    totals, marks = (Totals(), {}) if options.overwrite else journal.read()
+    if totals.chunks:
+        _to_stderr(f"going on after {totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents")
     with ExitStack() as stack:
         stack.callback(progress.close)
         dtype = optimal_dtype(tokenizer.vocab_size)
-        writers = {key: stack.enter_context(IndexedWriter(prefix, dtype=dtype)) for key, prefix in prefixes.items()}
+        writers = {
+            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key, NOTHING)))
+            for key, prefix in prefixes.items()
+        }
         totals = write_documents(
             (chunk for path in files for chunk in read_chunks(path, on_read=progress.read)),
             writers=writers,
@@ -68,11 +82,39 @@ def run(options: argparse.Namespace) -> list[str]:
             max_bad_lines=options.max_bad_lines,
             bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
             on_progress=lambda t: progress.written(documents=t.documents, tokens=t.tokens, text_bytes=t.text_bytes),
+            before=totals,
+            on_shard=lambda t: journal.write(t, {key: writer.flush() for key, writer in writers.items()}),
         )
         if totals.tokens == 0:
             remedy = "check --input and --json-keys"
             raise UserError(Problem(f"--input {' '.join(options.input)}", "holds no text", remedy))
+    journal.path.unlink(missing_ok=True)
     return _report(totals, writers, progress.elapsed_s)
+
+
+class Journal:
+    """How far a command is, in a file beside its sets until they are done; of use to the same command only."""
+
+    def __init__(self, options: argparse.Namespace, files: list[str], tokenizer_files: tuple[str, ...]):
+        self.path = Path(f"{options.output_prefix}.preprocess.json")
+        stats = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
+        digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tokenizer_files]
+        what: Any = (CHUNK_BYTES, stats, options.tokenizer, digests, options.json_keys, options.append_eod)
+        self._command = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def read(self) -> tuple[Totals, dict[str, Mark]]:
+        """What an earlier, killed run had done, and where its writers were; nothing if there is none to go on from."""
+        try:
+            record = json.loads(self.path.read_bytes())
+            if record["command"] == self._command:
+                return Totals(**record["totals"]), {key: Mark(*mark) for key, mark in record["marks"].items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return Totals(), {}
+
+    def write(self, totals: Totals, marks: dict[str, Mark]) -> None:
+        record = {"command": self._command, "totals": dataclasses.asdict(totals), "marks": marks}
+        write_whole(self.path, json.dumps(record).encode())
 
 
 def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
@@ -126,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         _to_stderr(str(Problem(where, f"{error.strerror}", "check the disk and permissions")))
         return 2
     except KeyboardInterrupt:
-        _to_stderr("interrupted; nothing was written")
+        _to_stderr("interrupted; the same command goes on from its last finished shard")
         return 130
     return 0
 

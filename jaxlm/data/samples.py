@@ -1,7 +1,7 @@
-"""Sample number to window of tokens, as a pure function of the seed: nothing to save, nothing to build.
+"""Sample number to stretches of tokens, as a pure function of the seed: nothing to save, nothing to build.
 
-An epoch is a permutation of the windows of all ranges. It is not stored: a Feistel network maps the position in the
-epoch to a window, so any sample costs the same, whatever the size of the data, and resuming needs only a number.
+A sample is a list of `Span`s, tokens to read one after the other. `Windows` here is the order of new runs; `megatron.py`
+has Megatron's, `packing.py` rows of whole documents, `blend.py` mixtures of any of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
@@ -21,13 +22,45 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 _PERMUTATION, _OFFSETS = 1, 2  # independent random streams of an epoch
 
 
-@dataclass(frozen=True)
-class TokenRange:
-    """Tokens [start, stop) of a set, in file order."""
+class Span(NamedTuple):
+    """Tokens [start, stop) of a set."""
 
     dataset: IndexedDataset
     start: int
     stop: int
+
+
+class Samples(Protocol):
+    """Rows of `seq_len` inputs and as many labels, numbered from 0.
+
+    num_samples: in one pass over the data.   endless: sample numbers go on after that.
+    separate: each span is inputs and labels of its own, one token shorter than it; else the spans of a sample are one
+    stretch of seq_len + 1 tokens.
+    """
+
+    seq_len: int
+    num_samples: int
+    endless: bool
+    separate: bool
+
+    def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
+        """What each sample reads, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """Tokens [start, stop) of a set in file order, from the beginning of one sequence to the end of another where
+    `sequences` names them.
+
+    weights: (step, weight) from which step on which share of samples comes from here; none: as large as it is.
+    """
+
+    dataset: IndexedDataset
+    start: int
+    stop: int
+    sequences: range = range(0)
+    weights: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         assert 0 <= self.start <= self.stop <= self.dataset.num_tokens
@@ -35,6 +68,14 @@ class TokenRange:
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.dataset.prefix}[{self.start}:{self.stop}]"
+
+
+def whole(dataset: IndexedDataset) -> TokenRange:
+    """All tokens of a set."""
+    return TokenRange(dataset, 0, dataset.num_tokens, range(len(dataset)))
 
 
 def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int, int]]:
@@ -50,43 +91,51 @@ def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int,
     return list(itertools.pairwise(bounds))
 
 
-class Samples:
-    """Rows of seq_len + 1 tokens, numbered from 0.
+class Windows:
+    """Windows of all ranges together, in an order without state.
 
-    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = samples_per_epoch. A window starts at a
-    multiple of seq_len after its range's start offset and never leaves its range; neighbours share one token, the
-    last label of one being the first input of the next. Each epoch has its own permutation and its own start offset
-    in each range, drawn evenly from all that leave room for the range's windows, so that no token is left out for ever.
-    Not shuffled: file order, offset 0, one epoch.
+    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples. The permutation is not stored: a
+    Feistel network maps the position in the epoch to a window, so any sample costs the same, whatever the size of the
+    data. A window starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours
+    share one token, the last label of one being the first input of the next. Each epoch has its own permutation and its
+    own start offset in each range, drawn evenly from all that leave room for the range's windows, so that no token is
+    left out for ever. Not shuffled: file order, offset 0, one epoch.
 
-    Attributes: `samples_per_epoch`; `windows`, int64[ranges], their number in each range: the same in every epoch,
-    and 0 for a range shorter than seq_len + 1.
+    Attributes: `windows`, int64[ranges], their number in each range: the same in every epoch, and 0 for a range shorter
+    than seq_len + 1.
     Raises: UserError if no range has a window.
     """
+
+    separate = False
 
     def __init__(self, ranges: Sequence[TokenRange], *, seq_len: int, seed: int, shuffle: bool):
         assert seq_len > 0
         self.ranges = tuple(ranges)
         self.seq_len = seq_len
         self.seed = seed
-        self.shuffle = shuffle
+        self.endless = shuffle
         sizes = np.array([r.num_tokens for r in self.ranges], np.int64)
         # An offset up to seq_len - 1 costs a shuffled range one window, unless it has only one.
         windows = np.maximum((sizes - 1) // seq_len, 0)
         self.windows = np.where(windows > 1, sizes // seq_len - 1, windows) if shuffle else windows
         self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1)
         self._ends = np.cumsum(self.windows)
-        self.samples_per_epoch = int(self.windows.sum())
-        if self.samples_per_epoch == 0:
-            names = ", ".join(f"{r.dataset.prefix}[{r.start}:{r.stop}]" for r in self.ranges) or "no token set"
-            rule = f"no range has the seq_len + 1 = {seq_len + 1} tokens of one row"
-            raise UserError(Problem(names, rule, "use more text, a smaller train.seq_len or another data.split"))
+        self.num_samples = int(self.windows.sum())
+        if self.num_samples == 0:
+            refuse_short(self.ranges, seq_len)
+
+    def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
+        which, first = self.starts(np.asarray(indices, np.int64))
+        length = self.seq_len + 1
+        return [
+            [Span(self.ranges[k].dataset, start, start + length)]
+            for k, start in zip(which.tolist(), first.tolist(), strict=True)
+        ]
 
     def starts(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which range each sample lies in, int64[n], and its first token's position in that range's set, int64[n]."""
-        indices = np.asarray(indices, np.int64)
-        epochs, positions = np.divmod(indices, self.samples_per_epoch)
-        assert len(indices) == 0 or (indices.min() >= 0 and (self.shuffle or int(epochs.max()) == 0))
+        epochs, positions = np.divmod(indices, self.num_samples)
+        assert len(indices) == 0 or (indices.min() >= 0 and (self.endless or int(epochs.max()) == 0))
         which = np.empty(len(indices), np.int64)
         first = np.empty(len(indices), np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -96,9 +145,8 @@ class Samples:
 
     def _starts_in_epoch(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         windows, offsets = positions, np.zeros(len(self.ranges), np.int64)
-        if self.shuffle:
-            keys = random_words(FEISTEL_ROUNDS, self.seed, epoch, _PERMUTATION)
-            windows = permute(positions, size=self.samples_per_epoch, keys=keys)
+        if self.endless:
+            windows = shuffled(positions, size=self.num_samples, seed=self.seed, epoch=epoch)
             words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)
             offsets = (words % self._num_offsets.astype(np.uint64)).astype(np.int64)
         which = np.searchsorted(self._ends, windows, side="right")
@@ -109,19 +157,16 @@ class Samples:
     def _range_starts(self) -> np.ndarray:
         return np.array([r.start for r in self.ranges], np.int64)
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of each sample, int32[n, seq_len + 1]; ids beyond int32 come out as -1 or 2^31 - 1."""
-        which, first = self.starts(indices)
-        rows = np.empty((len(first), self.seq_len + 1), np.int32)
-        for row, k, start in zip(rows, which.tolist(), first.tolist(), strict=True):
-            tokens = self.ranges[k].dataset.tokens[start : start + self.seq_len + 1]
-            row[:] = tokens if tokens.itemsize < 8 else np.clip(tokens, -1, 2**31 - 1)
-        return rows
 
-    def locate(self, index: int) -> tuple[IndexedDataset, int]:
-        """The set that a sample comes from and the position of its first token in it."""
-        which, first = self.starts(np.array([index]))
-        return self.ranges[int(which[0])].dataset, int(first[0])
+def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:
+    names = ", ".join(map(str, ranges)) or "no token set"
+    rule = f"no range has the seq_len + 1 = {seq_len + 1} tokens of one row"
+    raise UserError(Problem(names, rule, "use more text, a smaller train.seq_len or another data.split"))
+
+
+def shuffled(positions: np.ndarray, *, size: int, seed: int, epoch: int) -> np.ndarray:
+    """What lies at each position of an epoch, int64[n]: a permutation of [0, size) of its own."""
+    return permute(positions, size=size, keys=random_words(FEISTEL_ROUNDS, seed, epoch, _PERMUTATION))
 
 
 def random_words(count: int, *stream: int) -> np.ndarray:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import difflib
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -132,19 +134,19 @@ class FastTokenizer(_Encoding):
 
 
 class TiktokenTokenizer(_Encoding):
-    """An encoding that tiktoken knows by name; the library downloads it on first use."""
+    """An encoding of the tiktoken library; its threads obey TOKENIZERS_PARALLELISM too."""
 
-    files: tuple[str, ...] = ()
-
-    def __init__(self, encoding: Any, *, spec: str):
+    def __init__(self, encoding: Any, *, spec: str, files: tuple[str, ...] = ()):
         self.spec = spec
+        self.files = files
         self.vocab_size = encoding.n_vocab
         self.eod: int | None = encoding._special_tokens.get(EOD_TEXT)  # eot_token is the same and raises KeyError
         self._encoding = encoding
         self._known = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(self._encoding.encode_ordinary(text), np.int32) for text in texts]
+        threads = (os.cpu_count() or 1) if os.environ.get("TOKENIZERS_PARALLELISM") == "true" else 1
+        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(texts, num_threads=threads)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([i for i in _integers(ids) if i in self._known], errors="replace")
@@ -236,6 +238,8 @@ def _load_gpt2(spec: str, argument: str) -> Tokenizer:
 
     remedy = "give the folder that holds GPT-2's vocab.json and merges.txt"
     vocab, merges = (_require_file(spec, Path(argument) / name, remedy) for name in ("vocab.json", "merges.txt"))
+    if (encoding := _published_gpt2(vocab, merges)) is not None:
+        return TiktokenTokenizer(encoding, spec=spec, files=(vocab, merges))
     try:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     except Exception as error:  # the library raises bare Exception
@@ -250,6 +254,32 @@ def _load_gpt2(spec: str, argument: str) -> Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return FastTokenizer(tokenizer, spec=spec, eod=eod, files=(vocab, merges))
+
+
+def _published_gpt2(vocab: str, merges: str) -> Any:
+    """GPT-2's own files as an encoding of tiktoken, which gives the same ids four times as fast; None for other files,
+    whose merges need not be told by their results as tiktoken wants them, and without tiktoken."""
+    if any(hashlib.sha256(Path(path).read_bytes()).hexdigest() not in _GPT2_SHA256 for path in (vocab, merges)):
+        return None
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    shown = [byte for byte in range(256) if byte in range(33, 127) or byte in range(161, 173) or byte >= 174]
+    symbols = [*map(chr, shown), *map(chr, range(256, 512 - len(shown)))]  # how the file spells bytes
+    spelled = dict(zip(symbols, [*shown, *sorted(set(range(256)) - set(shown))], strict=True))
+    ids = json.loads(Path(vocab).read_bytes())
+    special = {EOD_TEXT: ids.pop(EOD_TEXT)}
+    ranks = {bytes(spelled[symbol] for symbol in word): number for word, number in ids.items()}
+    return tiktoken.Encoding("gpt2", pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+# vocab.json and merges.txt as they were published
+_GPT2_SHA256 = (
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+)
+_GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def _load_hf(spec: str, argument: str) -> Tokenizer:

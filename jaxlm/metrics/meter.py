@@ -10,14 +10,11 @@ class StepMeter:
 
     Call `start` when stepping begins and again after anything that is not a step (compilation, an evaluation, a
     blocking save), so that it is not counted; `step` when a step's end is seen; `take` to log. All times are
-    `time.monotonic` seconds. peak_flops_per_s is one device's (None: mfu is None); tokens_per_step is over all devices.
+    `time.monotonic` seconds. peak_flops_per_s is one device's (None: mfu is None); tokens are those of all devices.
     Reads no clock and no device.
     """
 
-    def __init__(
-        self, *, tokens_per_step: int, flops_per_token: float, peak_flops_per_s: float | None, num_devices: int
-    ):
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, *, flops_per_token: float, peak_flops_per_s: float | None, num_devices: int):
         self._flops_per_token = flops_per_token
         self._peak_flops_per_s = peak_flops_per_s
         self._num_devices = num_devices
@@ -25,7 +22,7 @@ class StepMeter:
         self._clear()
 
     def _clear(self) -> None:
-        self._num_steps = 0
+        self._num_steps = self._num_tokens = 0
         self._busy_s = 0.0
         self._data_wait_s = 0.0
 
@@ -33,10 +30,11 @@ class StepMeter:
         """The next step is timed from here."""
         self._last_s = time_s
 
-    def step(self, *, time_s: float, data_wait_s: float) -> None:
-        """A step ended at time_s; for data_wait_s of it the host had no batch to dispatch."""
+    def step(self, *, time_s: float, data_wait_s: float, tokens: int) -> None:
+        """A step of so many tokens ended at time_s; for data_wait_s of it the host had no batch to dispatch."""
         assert self._last_s is not None, "StepMeter.start comes before the first step"
         self._num_steps += 1
+        self._num_tokens += tokens
         self._busy_s += time_s - self._last_s
         self._data_wait_s += data_wait_s
         self._last_s = time_s
@@ -46,7 +44,7 @@ class StepMeter:
         assert self._num_steps > 0, "StepMeter.take without a step since the previous one"
         # Two reads of a coarse clock may coincide; a nanosecond keeps the rate finite.
         step_time_s = max(self._busy_s / self._num_steps, 1e-9)
-        tokens_per_s = self._tokens_per_step / step_time_s
+        tokens_per_s = self._num_tokens / self._num_steps / step_time_s
         utilisation = mfu(
             tokens_per_s=tokens_per_s,
             flops_per_token=self._flops_per_token,

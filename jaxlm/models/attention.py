@@ -36,22 +36,24 @@ class Attention(nnx.Module):
         self.value_bias = vector((K, H), "kv_heads head", role="bias") if model.use_bias else None
         self.out_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on."""
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None, starts_BT: jax.Array | None = None) -> jax.Array:
+        """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on; with the place where each
+        token's document starts in its row, a query sees keys of its own document only."""
         q_BTNH, k_BSKH, v_BSKH = self.products.columns(x_BTD, self.query, self.key, self.value)
         q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
         v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
         layout, model, T = self.layout, self.model, q_BTNH.shape[1]
         row_len = layout.whole("seq", T)
         if model.position == "rope":
+            # angles matter by their differences: the same in a document wherever it starts
             turn = partial(rotate, theta=model.rope_theta, first=layout.first("seq", T), row_len=row_len)
             q_BTNH, k_BSKH = turn(q_BTNH), turn(k_BSKH)
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
-        kernel = choose_attention(model, layout.platform).kernel
+        kernel = choose_attention(model, layout.platform, documents=starts_BT is not None).kernel
         method = choose_context(layout, model, row_len).method
         slopes_N = jnp.asarray(alibi_slopes(model.num_heads)) if model.position == "alibi" else None
         keep_BNTS = None if key is None else self._keep(q_BTNH.shape, key)
-        context_BTNH = attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS)
+        context_BTNH = attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS, starts_BT)
         return add_bias(self.products.rows(context_BTNH, self.out), self.out_bias)
 
     def _keep(self, shape_BTNH: tuple[int, ...], key: jax.Array) -> jax.Array | None:

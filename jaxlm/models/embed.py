@@ -34,13 +34,22 @@ class Embedding(nnx.Module):
         )
         self.norm = Norm(model, kind="layernorm") if model.embed_norm else None
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
+        """RESIDUAL. A token's position is counted from where its document starts in the row; with None, the row."""
         x_BTD = products(self.model, self.layout).lookup(self.tokens, tokens_BT)
         if self.positions is not None:
-            first = self.layout.first("residual", x_BTD.shape[1])
-            positions_TD = use(self.positions, "float32", self.layout)
-            positions_TD = jax.lax.dynamic_slice_in_dim(positions_TD, first, x_BTD.shape[1])
-            x_BTD = self.layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
+            layout, T = self.layout, x_BTD.shape[1]
+            first = layout.first("residual", T)
+            table_TD = use(self.positions, "float32", layout)
+            if starts_BT is None:
+                positions_TD = jax.lax.dynamic_slice_in_dim(table_TD, first, T)
+            else:
+                starts_BT = jax.lax.dynamic_slice_in_dim(
+                    starts_BT, first - layout.first("seq", starts_BT.shape[1]), T, axis=1
+                )
+                index_BT = layout.constrain(first + jnp.arange(T) - starts_BT, ("batch", "residual"))
+                positions_TD = layout.constrain(table_TD[index_BT], RESIDUAL)
+            x_BTD = layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
 

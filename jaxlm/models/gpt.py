@@ -28,9 +28,9 @@ class Block(nnx.Module):
         self.attn_norm, self.mlp_norm = (Norm(model) for _ in range(2))
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None, starts_BT: jax.Array | None = None) -> jax.Array:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
-        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw)
+        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw, starts_BT)
         x_BTD = x_BTD + dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout)
         x_BTD = checkpoint_name(x_BTD, "attn_residual")
         y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
@@ -50,12 +50,18 @@ class GPT(nnx.Module):
             None if model.tie_embeddings else weight(kh, shape, "vocab embed", std=model.init_std, role="kernel")
         )
 
-    def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """What the head reads, [B, T, D] in the compute dtype, as RESIDUAL. With a key, dropout is on: a key a layer."""
+    def hidden(
+        self, tokens_BT: jax.Array, key: jax.Array | None = None, starts_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """What the head reads, [B, T, D] in the compute dtype, as RESIDUAL. With a key, dropout is on: a key a layer.
+
+        starts_BT: where in its row the document of each token starts: positions count from there and attention stays
+          inside. None: a row is one document.
+        """
         ke = None if key is None else jax.random.fold_in(key, self.model.num_layers)
-        x_BTD = dropout(self.embed(tokens_BT), rate=self.model.dropout, key=ke, layout=self.layout)
+        x_BTD = dropout(self.embed(tokens_BT, starts_BT), rate=self.model.dropout, key=ke, layout=self.layout)
         graph = nnx.split(self.layers[0])[0]
-        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), self.model.remat)
+        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k, starts_BT), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
         run = _scan if self.model.scan_layers else _unroll
         return self.final_norm(run(block, layers, x_BTD, key))

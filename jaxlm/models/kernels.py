@@ -24,14 +24,15 @@ from jaxlm.config import ModelConfig, Problem, UserError
 class Kernel:
     """Attention of queries over one block of keys: out = softmax(q k^T / sqrt(H) + bias) v, and its derivative.
 
-    forward: (q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal) -> (out_BTNH in q's dtype, lse_BNT f32), with lse the
-      natural log of the sum over S of exp(logits).
-    backward: (q, k, v, out, lse, dout_BTNH, *, bias, keep, causal) -> (dq, dk, dv), each in its operand's dtype. It
-      reads the softmax from lse, so with the out and lse of a whole row it gives one block's exact share.
+    forward: (q_BTNH, k_BSKH, v_BSKH, *, bias, keep, documents, causal) -> (out_BTNH in q's dtype, lse_BNT f32), with lse
+      the natural log of the sum over S of exp(logits); of a query that sees no key, out is 0 and lse -inf.
+    backward: (q, k, v, out, lse, dout_BTNH, *, bias, keep, documents, causal) -> (dq, dk, dv), each in its operand's
+      dtype. It reads the softmax from lse, so with the out and lse of a whole row it gives one block's exact share.
     bias: f32[1, N, T, S] or None, added to the logits; gets no gradient.
     keep: f32[B, N, T, S] or None, multiplies the attention weights (dropout).
+    documents: (i32[B, T], i32[B, S]), a number of each position's document: query t sees keys of its own; or None.
     causal: query t sees keys s <= t; needs T == S.
-    refuses: (model config, platform) -> None if it serves, else the reason.
+    refuses: (model config, platform, documents: bool) -> None if it serves, else the reason.
 
     Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1 (lse, and the backward that starts from it).
     """
@@ -39,7 +40,7 @@ class Kernel:
     name: str
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-    refuses: Callable[[ModelConfig, str], str | None]
+    refuses: Callable[[ModelConfig, str, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _grouped(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
     return x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
 
 
-def _xla_logits(q_BTNH, k_BSKH, bias_1NTS, causal: bool) -> jax.Array:
+def _xla_logits(q_BTNH, k_BSKH, bias_1NTS, documents, causal: bool) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = _grouped(q_BTNH, K)
@@ -67,15 +68,20 @@ def _xla_logits(q_BTNH, k_BSKH, bias_1NTS, causal: bool) -> jax.Array:
     if causal:
         assert T == S, "which keys come before a query is known only where both are the same positions"
         logits_BKGTS = jnp.where(jnp.tri(T, dtype=bool), logits_BKGTS, -jnp.inf)
+    if documents is not None:
+        t_BT, s_BS = documents
+        logits_BKGTS = jnp.where((t_BT[:, :, None] == s_BS[:, None])[:, None, None], logits_BKGTS, -jnp.inf)
     return logits_BKGTS
 
 
-def _xla_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple[jax.Array, jax.Array]:
-    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, causal)
+def _xla_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, documents=None, causal: bool) -> tuple[jax.Array, jax.Array]:
+    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, documents, causal)
     top_BKGT = logits_BKGTS.max(-1)
+    if documents is not None:  # a query may see no key of this block
+        top_BKGT = jnp.maximum(top_BKGT, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jnp.exp(logits_BKGTS - top_BKGT[..., None])
     sum_BKGT = weights_BKGTS.sum(-1)
-    weights_BKGTS /= sum_BKGT[..., None]
+    weights_BKGTS /= sum_BKGT[..., None] if documents is None else jnp.where(sum_BKGT > 0, sum_BKGT, 1)[..., None]
     if keep is not None:
         weights_BKGTS *= keep.reshape(weights_BKGTS.shape)
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
@@ -83,10 +89,10 @@ def _xla_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple[j
     return out_BTKGH.reshape(q_BTNH.shape), (top_BKGT + jnp.log(sum_BKGT)).reshape(B, N, T)
 
 
-def _xla_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, causal: bool):
+def _xla_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, documents=None, causal: bool):
     """With P = exp(logits - lse): dlogits = P (dP - delta), where delta = sum_h dout out is sum_s P dP of whole rows."""
     K, f32 = k_BSKH.shape[2], jnp.float32
-    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, causal)
+    logits_BKGTS = _xla_logits(q_BTNH, k_BSKH, bias, documents, causal)
     weights_BKGTS = jnp.exp(logits_BKGTS - lse_BNT.reshape(*logits_BKGTS.shape[:4], 1))
     dout_BTKGH = _grouped(dout_BTNH, K)
     dweights_BKGTS = jnp.einsum("btkgh,bskh->bkgts", dout_BTKGH, v_BSKH, preferred_element_type=f32)
@@ -123,8 +129,8 @@ def _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias) -> tuple[jax.Array, ...]:
     return (q_BTNH, k_BSKH, v_BSKH, empty if bias is None else bias.astype(q_BTNH.dtype), *(empty,) * 6)
 
 
-def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple[jax.Array, jax.Array]:
-    assert keep is None
+def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, documents=None, causal: bool) -> tuple[jax.Array, jax.Array]:
+    assert keep is None and documents is None
     cudnn.check_layout(q_BTNH, k_BSKH, v_BSKH, bias, *(None,) * 6, _LAYOUT)
     has_bias, version = bias is not None, cudnn.check_cudnn_version()
     cudnn.check_is_flash_attention(q_BTNH, k_BSKH, v_BSKH, _LAYOUT.value, version, has_bias, True)
@@ -133,15 +139,15 @@ def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, *, bias, keep, causal: bool) -> tuple
     return out_BTNH, lse_BNT
 
 
-def _cudnn_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, causal: bool):
-    assert keep is None
+def _cudnn_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bias, keep, documents=None, causal: bool):
+    assert keep is None and documents is None
     operands, settings = _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias), _cudnn_settings(q_BTNH, bias, causal)
     saved = (lse_BNT, out_BTNH, dout_BTNH)
     dq_BTNH, dk_BSKH, dv_BSKH = cudnn._dot_product_attention_bwd_p_wrapper.bind(*operands, *saved, **settings)
     return dq_BTNH, dk_BSKH, dv_BSKH
 
 
-def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
+def _cudnn_refuses(model: ModelConfig, platform: str, documents: bool) -> str | None:
     if platform != "gpu":
         return f"it runs on NVIDIA GPUs, not {platform}"
     if model.dtype != "bfloat16":
@@ -155,17 +161,21 @@ def _cudnn_refuses(model: ModelConfig, platform: str) -> str | None:
         return "it would read ALiBi's penalties rounded to bfloat16"
     if model.dropout > 0:
         return "jax gives it no dropout of attention weights"
+    if documents:
+        return "it would need the mask of documents as an array of every pair of positions"
     return None
 
 
 ATTENTION = (
     Kernel("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_refuses),
-    Kernel("xla", _xla_forward, _xla_backward, lambda model, platform: None),
+    Kernel("xla", _xla_forward, _xla_backward, lambda model, platform, documents: None),
 )
 
 
-def choose_attention(model: ModelConfig, platform: str) -> Choice:
+def choose_attention(model: ModelConfig, platform: str, *, documents: bool) -> Choice:
     """The kernel that model.attention names, or for `auto` the first of ATTENTION that serves.
+
+    documents: whether attention stays inside the documents of a row.
 
     Raises: UserError if a named kernel refuses.
     """
@@ -173,7 +183,7 @@ def choose_attention(model: ModelConfig, platform: str) -> Choice:
     for kernel in ATTENTION:
         if model.attention not in ("auto", kernel.name):
             continue
-        reason = kernel.refuses(model, platform)
+        reason = kernel.refuses(model, platform, documents)
         if reason is None:
             return Choice(kernel, tuple(reasons))
         reasons.append(f"not {kernel.name}: {reason}")

@@ -37,25 +37,30 @@ class Pieces:
     loss: Callable[..., tuple[jax.Array, jax.Array]]
 
     def parts(self, batch_MBT: tuple, keys_M: jax.Array | None) -> Parts:
-        """The pieces over M microbatches of tokens, labels and weights; with keys, dropout is on."""
+        """The pieces over M microbatches of tokens, labels, weights and starts; with keys, dropout is on."""
+        tokens_MBT, labels_MBT, weights_MBT, starts_MBT = batch_MBT
         return Parts(
-            first=partial(self._first, batch_MBT[0], keys_M),
-            stage=partial(self._stage, keys_M),
-            last=partial(self._last, batch_MBT[1], batch_MBT[2]),
+            first=partial(self._first, tokens_MBT, starts_MBT, keys_M),
+            stage=partial(self._stage, starts_MBT, keys_M),
+            last=partial(self._last, labels_MBT, weights_MBT),
         )
 
-    def _first(self, tokens_MBT: jax.Array, keys_M: jax.Array | None, ends: dict, m: jax.Array) -> jax.Array:
+    def _first(
+        self, tokens_MBT: jax.Array, starts_MBT: jax.Array | None, keys_M: jax.Array | None, ends: dict, m: jax.Array
+    ) -> jax.Array:
         graph = _graph(lambda: Embedding(self.model, jax.random.key(0), self.layout))
-        x_BTD = nnx.merge(graph, ends["embed"])(tokens_MBT[m])
+        x_BTD = nnx.merge(graph, ends["embed"])(tokens_MBT[m], None if starts_MBT is None else starts_MBT[m])
         key = None if keys_M is None else jax.random.fold_in(keys_M[m], self.model.num_layers)
         return dropout(x_BTD, rate=self.model.dropout, key=key, layout=self.layout)
 
     def _stage(
-        self, keys_M: jax.Array | None, slots: dict, x_BTD: jax.Array, m: jax.Array, repeat: jax.Array
-    ) -> jax.Array:
+        self, starts_MBT: jax.Array | None, keys_M: jax.Array | None,
+        slots: dict, x_BTD: jax.Array, m: jax.Array, repeat: jax.Array,
+    ) -> jax.Array:  # fmt: skip
+        starts_BT = None if starts_MBT is None else starts_MBT[m]
         graph = _graph(lambda: Block(self.model, jax.random.key(0), self.layout))
         remat = KEPT if self.model.remat == "none" else self.model.remat
-        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k), remat, prevent_cse=False)
+        block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k, starts_BT), remat, prevent_cse=False)
         mine = jnp.asarray(self.stages.layers())[:, jax.lax.axis_index(self.layout.split("stage")), repeat]
         for j in range(self.stages.num_slots):
             key = None if keys_M is None else jax.random.fold_in(keys_M[m], mine[j])

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,9 @@ def _degree(layout: Layout, dim: str) -> tuple[str, int]:
     return f"{'*'.join(axes) or 'nothing'}={parts}", parts
 
 
-def attend(layout: Layout, kernel: Kernel, method: str, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS) -> jax.Array:
+def attend(
+    layout: Layout, kernel: Kernel, method: str, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS, documents_BT=None
+) -> jax.Array:
     """Causal attention of whole rows, as if on one device: context_BTNH in q's layout.
 
     The kernel's output and log-normaliser are both named attn_context: a backward that keeps that name runs no forward
@@ -97,50 +99,51 @@ def attend(layout: Layout, kernel: Kernel, method: str, q_BTNH, k_BSKH, v_BSKH, 
       method: alltoall | allgather | ring, of no account where no row is split.
       slopes_N: f32, ALiBi: slope * (t - s) is taken from the logits; or None. Gets no gradient.
       keep_BNTS: f32, multiplies the attention weights (dropout), alltoall only; or None. Gets no gradient.
+      documents_BT: i32, a number of each position's document: attention stays inside; or None.
     """
-    return _attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS)
+    return _attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS, documents_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep) -> jax.Array:
-    return _forward(layout, kernel, method, q, k, v, slopes, keep)[0]
+def _attend(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep, documents) -> jax.Array:
+    return _forward(layout, kernel, method, q, k, v, slopes, keep, documents)[0]
 
 
-def _forward(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep) -> tuple[jax.Array, tuple]:
+def _forward(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep, documents) -> tuple[jax.Array, tuple]:
     meeting, at = _meeting(layout, method), _specs(layout, method)
     operands = (at.query, at.key, at.key)
     met = (at.met_query, at.met_key, at.met_key)
     enter = layout.on_mesh(lambda *operands: tuple(map(meeting.enter, operands)), operands, met)
     run = layout.on_mesh(
         partial(meeting.forward, kernel),
-        (*met, slopes if slopes is None else at.slopes, keep if keep is None else at.keep),
+        (*met, *_present(at, slopes, keep, documents)),
         (at.met_query, at.lse),
     )
     leave = layout.on_mesh(meeting.leave, (at.met_query,), at.query)
     # what backward reads, in the layout that attention ran in: no operand meets twice
     q, k, v = (checkpoint_name(x, name) for x, name in zip(enter(q, k, v), ("query", "key", "value")))
     slopes = _share(layout, method, slopes)
-    out, lse = (checkpoint_name(x, "attn_context") for x in run(q, k, v, slopes, keep))
-    return leave(out), (q, k, v, out, lse, slopes, keep)
+    out, lse = (checkpoint_name(x, "attn_context") for x in run(q, k, v, slopes, keep, documents))
+    return leave(out), (q, k, v, out, lse, slopes, keep, documents)
 
 
 def _backward(layout: Layout, kernel: Kernel, method: str, saved: tuple, dcontext_BTNH: jax.Array) -> tuple:
     meeting, at = _meeting(layout, method), _specs(layout, method)
-    *_, slopes, keep = saved
+    *_, slopes, keep, documents = saved
 
-    def local(q, k, v, out, lse, slopes, keep, dcontext):
-        grads = meeting.backward(kernel, q, k, v, out, lse, meeting.enter(dcontext), slopes, keep)
+    def local(q, k, v, out, lse, slopes, keep, documents, dcontext):
+        grads = meeting.backward(kernel, q, k, v, out, lse, meeting.enter(dcontext), slopes, keep, documents)
         return tuple(map(meeting.leave, grads))
 
     run = layout.on_mesh(
         local,
         (
             *(at.met_query, at.met_key, at.met_key, at.met_query, at.lse),
-            *(slopes if slopes is None else at.slopes, keep if keep is None else at.keep, at.query),
+            *(*_present(at, slopes, keep, documents), at.query),
         ),
         (at.query, at.key, at.key),
     )
-    return (*run(*saved, dcontext_BTNH), None, None)
+    return (*run(*saved, dcontext_BTNH), None, None, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -158,15 +161,18 @@ class Heads:
     def leave(self, x_BTNH: jax.Array) -> jax.Array:
         return jax.lax.all_to_all(x_BTNH, self.axes, 1, 2, tiled=True) if self.axes else x_BTNH
 
-    def forward(self, kernel: Kernel, q, k, v, slopes, keep) -> tuple[jax.Array, jax.Array]:
-        return kernel.forward(q, k, v, bias=self._bias(slopes, q), keep=keep, causal=True)
+    def forward(self, kernel: Kernel, q, k, v, slopes, keep, documents) -> tuple[jax.Array, jax.Array]:
+        return kernel.forward(q, k, v, **self._masks(slopes, keep, documents, q))
 
-    def backward(self, kernel: Kernel, q, k, v, out, lse, dout, slopes, keep) -> tuple:
-        return kernel.backward(q, k, v, out, lse, dout, bias=self._bias(slopes, q), keep=keep, causal=True)
+    def backward(self, kernel: Kernel, q, k, v, out, lse, dout, slopes, keep, documents) -> tuple:
+        return kernel.backward(q, k, v, out, lse, dout, **self._masks(slopes, keep, documents, q))
 
-    def _bias(self, slopes: jax.Array | None, q_BTNH: jax.Array) -> jax.Array | None:
+    def _masks(self, slopes, keep, documents_BT, q_BTNH: jax.Array) -> dict[str, Any]:
+        if documents_BT is not None and self.axes:
+            documents_BT = jax.lax.all_gather(documents_BT, self.axes, axis=1, tiled=True)
         t_T = jnp.arange(q_BTNH.shape[1], dtype=jnp.float32)
-        return alibi(slopes, t_T, t_T)
+        pair = None if documents_BT is None else (documents_BT, documents_BT)
+        return dict(bias=alibi(slopes, t_T, t_T), keep=keep, documents=pair, causal=True)
 
 
 def _share(layout: Layout, method: str, slopes_N: jax.Array | None) -> jax.Array | None:
@@ -193,6 +199,13 @@ class _Specs(NamedTuple):
     lse: jax.P
     slopes: jax.P
     keep: jax.P
+    documents: jax.P
+
+
+def _present(at: _Specs, slopes: Any, keep: Any, documents: Any) -> tuple:
+    """Where those of the three lie that there are."""
+    pairs = ((slopes, at.slopes), (keep, at.keep), (documents, at.documents))
+    return tuple(None if array is None else spec for array, spec in pairs)
 
 
 def _specs(layout: Layout, method: str) -> _Specs:
@@ -208,4 +221,5 @@ def _specs(layout: Layout, method: str) -> _Specs:
         lse=jax.P(rows, met_heads, met),
         slopes=jax.P(met_heads),
         keep=jax.P(rows, met_heads),
+        documents=jax.P(rows, seq),
     )

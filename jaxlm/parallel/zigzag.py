@@ -38,8 +38,8 @@ class Walk(ABC):
     size: int
 
     @abstractmethod
-    def load(self, kv: Any) -> Any:
-        """The cargo that travels, from this device's (k, v)."""
+    def load(self, own: Any) -> Any:
+        """The cargo that travels, from this device's (k, v, documents)."""
 
     @abstractmethod
     def advance(self, cargo: Any) -> Any:
@@ -47,7 +47,7 @@ class Walk(ABC):
 
     @abstractmethod
     def read(self, cargo: Any, source: jax.Array) -> Any:
-        """(k, v) of device `source`, whose turn it is."""
+        """What device `source`, whose turn it is, loaded."""
 
     @abstractmethod
     def first(self, dkv: Any) -> Any:
@@ -107,23 +107,27 @@ class Walk(ABC):
         (state, cargo), _ = jax.lax.scan(move, (state, coming), steps, unroll=self.size <= UNROLLED)
         return step(state, cargo, (self.me + 1) % self.size)
 
-    def forward(self, kernel: Any, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep: None) -> tuple[jax.Array, jax.Array]:
-        """(out_BTNH in q's dtype, lse_BNT) of this device's lo and hi queries over the whole row; operands entered."""
-        bias, num = partial(alibi, slopes_N), q_BTNH.shape[1]
-        cargo = self.load((k_BSKH, v_BSKH))
+    def forward(
+        self, kernel: Any, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep: None, documents_BT
+    ) -> tuple[jax.Array, jax.Array]:
+        """(out_BTNH in q's dtype, lse_BNT) of this device's lo and hi queries over the whole row; operands entered, but
+        not documents, which come as they lie between layers."""
+        masks, num = partial(_masks, slopes_N), q_BTNH.shape[1]
+        documents_BT = None if documents_BT is None else self.enter(documents_BT)
+        cargo = self.load((k_BSKH, v_BSKH, documents_BT))
         coming = self.advance(cargo)
-        here = self.positions(self.me, num)
-        own = kernel.forward(q_BTNH, k_BSKH, v_BSKH, bias=bias(here, here), keep=None, causal=True)
+        here = self.positions(self.me, num), documents_BT
+        own = kernel.forward(q_BTNH, k_BSKH, v_BSKH, **masks(here, here), causal=True)
         rows_lo, rows_hi = _halves((q_BTNH, here))
 
         def step(state: tuple, cargo: Any, source: jax.Array) -> tuple:
             lo, hi = state
-            keys_lo, keys_hi = _halves((*self.read(cargo, source), self.positions(source, num)))
+            keys_lo, keys_hi = _halves(self._keys(cargo, source, num))
             earlier = self.lo(source) < self.lo(self.me)
 
             def block(sums: tuple, rows: tuple, keys: tuple) -> tuple:
                 (q, t), (k, v, s) = rows, keys
-                return _merge(sums, kernel.forward(q, k, v, bias=bias(t, s), keep=None, causal=False))
+                return _merge(sums, kernel.forward(q, k, v, **masks(t, s), causal=False))
 
             hi = block(hi, rows_hi, keys_lo)
             either = _either(earlier, (lo, rows_lo, keys_lo), (hi, rows_hi, keys_hi))
@@ -135,25 +139,31 @@ class Walk(ABC):
         (out_lo, lse_lo), (out_hi, lse_hi) = self.travel(step, start, coming)
         return _join(out_lo, out_hi).astype(q_BTNH.dtype), jnp.concatenate((lse_lo, lse_hi), axis=2)
 
+    def _keys(self, cargo: Any, source: jax.Array, num: int) -> tuple:
+        """(k, v, (positions, documents)) of `source`, whose turn it is."""
+        k_BSKH, v_BSKH, documents_BS = self.read(cargo, source)
+        return k_BSKH, v_BSKH, (self.positions(source, num), documents_BS)
+
     def backward(
-        self, kernel: Any, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, slopes_N, keep: None
+        self, kernel: Any, q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, slopes_N, keep: None, documents_BT
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(dq, dk, dv) in the operands' dtypes, summed in f32, from the final out and lse; all entered."""
-        bias, num = partial(alibi, slopes_N), q_BTNH.shape[1]
-        cargo = self.load((k_BSKH, v_BSKH))
+        masks, num = partial(_masks, slopes_N), q_BTNH.shape[1]
+        documents_BT = None if documents_BT is None else self.enter(documents_BT)
+        cargo = self.load((k_BSKH, v_BSKH, documents_BT))
         coming = self.advance(cargo)
-        here = self.positions(self.me, num)
+        here = self.positions(self.me, num), documents_BT
         rows = (q_BTNH, out_BTNH, dout_BTNH, here)
         rows_lo, rows_hi = ((*half, lse) for half, lse in zip(_halves(rows), jnp.split(lse_BNT, 2, axis=2)))
 
         def block(rows: tuple, keys: tuple, causal: bool = False) -> tuple:
             (q, out, dout, t, lse), (k, v, s) = rows, keys
-            grads = kernel.backward(q, k, v, out, lse, dout, bias=bias(t, s), keep=None, causal=causal)
+            grads = kernel.backward(q, k, v, out, lse, dout, **masks(t, s), causal=causal)
             return tuple(grad.astype(jnp.float32) for grad in grads)
 
         def step(state: tuple, cargo: Any, source: jax.Array) -> tuple:
             (dq_lo, dq_hi), sums = state
-            keys_lo, keys_hi = _halves((*self.read(cargo, source), self.positions(source, num)))
+            keys_lo, keys_hi = _halves(self._keys(cargo, source, num))
             earlier = self.lo(source) < self.lo(self.me)
             dq_always, *dkv_always = block(rows_hi, keys_lo)
             dq_either, *dkv_either = block(*_either(earlier, (rows_lo, keys_lo), (rows_hi, keys_hi)))
@@ -173,8 +183,8 @@ class Walk(ABC):
 class Ring(Walk):
     """Each device hands on what it has to the next one; gradients follow the keys they belong to, a step behind."""
 
-    def load(self, kv: Any) -> Any:
-        return kv
+    def load(self, own: Any) -> Any:
+        return own
 
     def advance(self, cargo: Any) -> Any:
         return jax.lax.ppermute(cargo, self.axes, [(i, (i + 1) % self.size) for i in range(self.size)])
@@ -195,8 +205,8 @@ class Ring(Walk):
 class Gather(Walk):
     """Every device holds all keys of its heads, gathered once; gradients meet in one reduce-scatter."""
 
-    def load(self, kv: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes), kv)
+    def load(self, own: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes), own)
 
     def advance(self, cargo: Any) -> Any:
         return cargo
@@ -217,6 +227,13 @@ class Gather(Walk):
 def alibi(slopes_N, t_T, s_S) -> jax.Array | None:
     """-slope * (t - s) in logits, f32[1, N, T, S], for global positions t and s; None without slopes."""
     return None if slopes_N is None else -(slopes_N[:, None, None] * (t_T[:, None] - s_S))[None]
+
+
+def _masks(slopes_N, rows: tuple, keys: tuple) -> dict[str, Any]:
+    """What a kernel is told of a block, from the (positions, documents) of its queries and its keys."""
+    (t_T, t_BT), (s_S, s_BS) = rows, keys
+    documents = None if t_BT is None else (t_BT, s_BS)
+    return dict(bias=alibi(slopes_N, t_T, s_S), keep=None, documents=documents)
 
 
 def _merge(one: tuple, other: tuple) -> tuple[jax.Array, jax.Array]:

@@ -11,15 +11,16 @@ import pytest
 
 from jaxlm.config import UserError, skipped_batches
 from jaxlm.data.loader import Batch, Loader, batch_of, prefetch
-from jaxlm.data.samples import Samples, TokenRange
+from jaxlm.data.ramp import Ramp
+from jaxlm.data.samples import TokenRange, Windows, whole
 
 EOD = 99
 
 
 def make_loader(write_set: Callable, *, shuffle: bool, batch_size: int = 8, **options: object) -> Loader:
     dataset = write_set([[*range(k, k + 13), EOD] for k in range(40)])
-    samples = Samples([TokenRange(dataset, 0, dataset.num_tokens)], seq_len=6, seed=5, shuffle=shuffle)
-    return Loader(samples, batch_size, **{"eod": EOD, "mask_eod_loss": False, "vocab_size": 100, **options})
+    samples = Windows([whole(dataset)], seq_len=6, seed=5, shuffle=shuffle)
+    return Loader(samples, Ramp(batch_size), **{"eod": EOD, "vocab_size": 100, **options})
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
@@ -30,23 +31,24 @@ def assert_equal(a: Batch, b: Batch) -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_any_number_of_hosts_reads_the_same_rows(write_set: Callable, shuffle: bool) -> None:
-    loader = make_loader(write_set, shuffle=shuffle)
+    loader = make_loader(write_set, shuffle=shuffle, separates=True)
     for step in (0, 3, 11):
-        whole = loader.batch(step)
+        all_rows = loader.batch(step)
         for hosts in (1, 2, 4):
-            share = 8 // hosts
-            parts = [loader.batch(step, rows=range(h * share, (h + 1) * share)) for h in range(hosts)]
-            assert_equal(whole, Batch(*(np.concatenate(part) for part in zip(*parts, strict=True))))
+            parts = [loader.batch(step, host=host, hosts=hosts) for host in range(hosts)]
+            assert {len(part.tokens) for part in parts} == {8 // hosts}
+            assert_equal(all_rows, Batch(*(np.concatenate(part) for part in zip(*parts, strict=True))))
 
 
 def test_row_r_of_step_s_is_sample_s_times_b_plus_r(write_set: Callable) -> None:
     loader = make_loader(write_set, shuffle=True)
     batch = loader.batch(17)  # in the second epoch and on
-    rows = loader.samples.rows(np.arange(17 * 8, 18 * 8))
+    spans = [row[0] for row in loader.samples.spans(np.arange(17 * 8, 18 * 8))]
+    rows = np.array([dataset.tokens[start:stop] for dataset, start, stop in spans], np.int32)
     assert np.array_equal(batch.tokens, rows[:, :-1]) and np.array_equal(batch.labels, rows[:, 1:])
     assert (batch.weights == 1).all()
-    assert [x.dtype for x in batch] == [np.int32, np.int32, np.float32]
-    assert all(x.flags.c_contiguous for x in batch)
+    assert [x.dtype for x in batch[:3]] == [np.int32, np.int32, np.float32]
+    assert all(x.flags.c_contiguous for x in batch[:3])
 
 
 def test_skipped_batches_are_never_read_and_all_others_are_in_order(write_set: Callable) -> None:
@@ -70,7 +72,7 @@ def test_the_places_of_a_step_lead_to_its_rows(write_set: Callable) -> None:
 
 def test_an_evaluation_reads_each_window_once_and_pads_with_weight_0(write_set: Callable) -> None:
     loader = make_loader(write_set, shuffle=False, batch_size=7)
-    n = loader.samples.samples_per_epoch  # (40 * 14 - 1) // 6 = 93
+    n = loader.samples.num_samples  # (40 * 14 - 1) // 6 = 93
     assert (n, loader.num_batches) == (93, 14)
     batches = [loader.batch(step) for step in range(14)]
     assert all(batch.tokens.shape == (7, 6) for batch in batches)
@@ -97,8 +99,8 @@ def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(
 ) -> None:
     dataset = write_set([[1] * 30, [2] * 7 + [stranger] + [2] * 30], dtype=dtype)
     for seed in range(4):  # windows that have it at different places
-        samples = Samples([TokenRange(dataset, 10, dataset.num_tokens)], seq_len=4, seed=seed, shuffle=True)
-        loader = Loader(samples, 100, eod=None, mask_eod_loss=False, vocab_size=100)
+        samples = Windows([TokenRange(dataset, 10, dataset.num_tokens)], seq_len=4, seed=seed, shuffle=True)
+        loader = Loader(samples, Ramp(100), eod=None, vocab_size=100)
         with pytest.raises(UserError) as refusal:
             loader.batch(0)
         assert f"{dataset.prefix}.bin, token 37 (byte {37 * dataset.dtype.itemsize})" in str(refusal.value)

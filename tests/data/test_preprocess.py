@@ -240,7 +240,102 @@ def test_workers_die_with_a_killed_parent_and_leave_no_set(tmp_path: Path, envir
     parent.kill()
     assert parent.wait() == -signal.SIGKILL
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children) or None)
-    assert {path.name for path in tmp_path.iterdir()} <= {"in.jsonl", "out_text_document.bin.tmp"}
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".jsonl", ".tmp"}
+
+
+KILLED = """
+import os, signal, sys
+from jaxlm.data import documents, encode, preprocess
+documents.CHUNK_BYTES, documents._READ_BYTES, encode.SHARD_CHUNKS, left = 5000, 1000, 4, int(sys.argv[1])
+write = preprocess.Journal.write
+
+def deadly(self, totals, marks):
+    global left
+    write(self, totals, marks)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+preprocess.Journal.write = deadly
+sys.exit(preprocess.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_command_goes_on_from_its_last_shard_to_the_same_bytes(
+    tmp_path: Path, environment: dict[str, str], workers: int
+) -> None:
+    texts = [f"document {k} " + "naïve 日本 " * (k % 50) for k in range(600)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:400]) + b"{bad\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts[400:]), mtime=0))
+
+    def run(prefix: str, moment: int, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(moment), "--input", "a.jsonl", "b.jsonl.gz", "--append-eod"]
+        options = ["--tokenizer", "bytes", "--workers", str(workers), "--output-prefix", prefix, "--max-bad-lines", "1"]
+        return subprocess.run(
+            [*command, *options, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert run("whole", 0).returncode == 0
+    for moment in (1, 3):  # the second counts from where the first left
+        assert run("out", moment).returncode == -signal.SIGKILL
+    done = run("out", 0)
+    assert done.returncode == 0 and "going on after" in done.stderr and "1 allowed" not in done.stderr
+    assert "skipped: a.jsonl, line 401" in done.stdout and "600 documents" in done.stdout
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"out_text_document.{ending}").read_bytes() == (
+            tmp_path / f"whole_text_document.{ending}"
+        ).read_bytes()
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.json"))
+
+
+def test_another_command_does_not_go_on_from_what_a_killed_one_left(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * 400] * 200))
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "1",
+        "--input",
+        "a.jsonl",
+        "--tokenizer",
+        "bytes",
+        "--output-prefix",
+        "out",
+    ]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == -signal.SIGKILL
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["y" * 400] * 200))
+    assert preprocess(tmp_path, "--input", tmp_path / "a.jsonl") == 0
+    assert set("".join(documents_of(tmp_path / "out_text_document"))) == {"y"}
+
+
+MEASURED = """
+import resource, sys
+from jaxlm.data.preprocess import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.nightly
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, environment: dict[str, str]) -> None:
+    peaks = []
+    for megabytes in (20, 400):
+        block = jsonl(["naïve 日本 and a line of text " * 30] * 100)
+        with open(tmp_path / "in.jsonl", "wb") as file:
+            for _ in range(megabytes * 10**6 // len(block)):
+                file.write(block)
+        command = [sys.executable, "-c", MEASURED, "--input", "in.jsonl", "--output-prefix", f"o{megabytes}"]
+        options = ["--tokenizer", "bytes", "--append-eod", "--workers", "1"]
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    print(f"peak {peaks[0] / 1e6:.0f} MB for 20 MB of input, {peaks[1] / 1e6:.0f} MB for 400 MB")
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def children_of(pid: int) -> list[str]:

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.samples import Samples, TokenRange, permute, random_words, split_ranges
+from jaxlm.data.loader import Loader
+from jaxlm.data.ramp import Ramp
+from jaxlm.data.samples import Samples, TokenRange, Windows, permute, random_words, split_ranges
 
 QUICK = settings(deadline=None, max_examples=60)
+
+
+def rows_of(samples: Samples, indices: np.ndarray) -> np.ndarray:
+    """Tokens of each sample, [n, seq_len + 1]."""
+    rows = [np.concatenate([d.tokens[start:stop] for d, start, stop in spans]) for spans in samples.spans(indices)]
+    return np.array(rows, np.int32).reshape(len(indices), samples.seq_len + 1)
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 129, 1000, 4095, 4096, 4097, 65537, 100_003])
@@ -64,7 +72,7 @@ def test_a_seed_and_epoch_always_give_the_same_numbers(write_set: Callable) -> N
     assert random_words(2).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
     assert permute(np.arange(10), size=10, keys=random_words(6, 0, 0, 1)).tolist() == [3, 6, 0, 5, 2, 7, 8, 4, 9, 1]
     samples = make_samples(write_set, [70], seq_len=7, seed=11, shuffle=True)
-    assert samples.rows(np.arange(9, 27))[:, 0].tolist() == [
+    assert rows_of(samples, np.arange(9, 27))[:, 0].tolist() == [
         46,
         25,
         53,
@@ -108,11 +116,11 @@ def test_split_refuses_shares_that_divide_nothing() -> None:
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=4)
 
 
-def make_samples(write_set: Callable, sizes: list[int], **options: object) -> Samples:
+def make_samples(write_set: Callable, sizes: list[int], **options: object) -> Windows:
     """Ranges inside one set whose token at position p is p, with a gap of 3 tokens between ranges."""
     dataset = write_set([range(sum(sizes) + 3 * len(sizes))], name=f"sizes{'-'.join(map(str, sizes))}")
     starts = [sum(sizes[:k]) + 3 * k for k in range(len(sizes))]
-    return Samples([TokenRange(dataset, a, a + n) for a, n in zip(starts, sizes, strict=True)], **options)
+    return Windows([TokenRange(dataset, a, a + n) for a, n in zip(starts, sizes, strict=True)], **options)
 
 
 @settings(QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -125,9 +133,9 @@ def test_windows_tile_their_ranges_in_every_epoch(
             make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=shuffle)
         return
     samples = make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=shuffle)
-    n = samples.samples_per_epoch
+    n = samples.num_samples
     for epoch in range(3 if shuffle else 1):
-        rows = samples.rows(np.arange(epoch * n, (epoch + 1) * n))
+        rows = rows_of(samples, np.arange(epoch * n, (epoch + 1) * n))
         assert rows.dtype == np.int32 and rows.shape == (n, seq_len + 1)
         assert (np.diff(rows) == 1).all()  # contiguous
         starts = np.sort(rows[:, 0])
@@ -148,15 +156,15 @@ def test_windows_tile_their_ranges_in_every_epoch(
 
 def test_every_token_is_an_input_in_some_epoch(write_set: Callable) -> None:
     samples = make_samples(write_set, [47, 9], seq_len=5, seed=3, shuffle=True)
-    seen = np.unique(samples.rows(np.arange(60 * samples.samples_per_epoch))[:, :-1])
+    seen = np.unique(rows_of(samples, np.arange(60 * samples.num_samples))[:, :-1])
     assert set(range(46)) | set(range(50, 58)) == set(seen.tolist())
 
 
 def test_epochs_and_seeds_have_different_orders_and_offsets(write_set: Callable) -> None:
     def epoch_starts(seed: int, epoch: int) -> tuple[int, ...]:
         samples = make_samples(write_set, [2000], seq_len=10, seed=seed, shuffle=True)
-        n = samples.samples_per_epoch
-        return tuple(samples.rows(np.arange(epoch * n, (epoch + 1) * n))[:, 0].tolist())
+        n = samples.num_samples
+        return tuple(rows_of(samples, np.arange(epoch * n, (epoch + 1) * n))[:, 0].tolist())
 
     orders = [epoch_starts(seed, epoch) for seed in range(4) for epoch in range(4)]
     assert len(set(orders)) == 16
@@ -174,13 +182,14 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(
     with IndexedWriter(prefix, dtype="i4") as writer:
         writer.add_document(np.arange(500))
     dataset = IndexedDataset(prefix)
-    samples = Samples([TokenRange(dataset, 0, 300), TokenRange(dataset, 300, 500)], seq_len=7, seed=1, shuffle=True)
-    together = samples.rows(np.array(indices, np.int64))
-    assert together.tolist() == [samples.rows(np.array([i]))[0].tolist() for i in indices]
-    assert together[:, 0].tolist() == [samples.locate(i)[1] for i in indices]
+    samples = Windows([TokenRange(dataset, 0, 300), TokenRange(dataset, 300, 500)], seq_len=7, seed=1, shuffle=True)
+    together = rows_of(samples, np.array(indices, np.int64))
+    assert together.tolist() == [rows_of(samples, np.array([i]))[0].tolist() for i in indices]
+    assert together[:, 0].tolist() == [samples.spans([i])[0][0].start for i in indices]
 
 
 def test_ids_beyond_int32_do_not_wrap_around(write_set: Callable) -> None:
     dataset = write_set([[1, 2**32 + 1, -(2**40), 2]], dtype="i8")
-    rows = Samples([TokenRange(dataset, 0, 4)], seq_len=3, seed=0, shuffle=False).rows(np.array([0]))
-    assert rows.tolist() == [[1, 2**31 - 1, -1, 2]]
+    samples = Windows([TokenRange(dataset, 0, 4)], seq_len=3, seed=0, shuffle=False)
+    with pytest.raises(UserError, match="token id 4294967297 is not below"):
+        Loader(samples, Ramp(1), eod=None, vocab_size=10).batch(0)

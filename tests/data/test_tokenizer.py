@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import unicodedata
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import UserError
+from jaxlm.data import tokenizer as tokenizer_module
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 NASTY = [
@@ -120,6 +122,25 @@ def test_gpt2_ids_are_those_of_the_published_algorithm(text: str, gpt2_folder: P
             parts[k : k + 2] = [parts[k] + parts[k + 1]]
         expected += [vocab[part] for part in parts]
     assert load_tokenizer(f"gpt2:{gpt2_folder}").encode(text).tolist() == expected
+
+
+def test_published_files_give_the_same_ids_through_tiktoken(
+    gpt2: Tokenizer, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tiktoken")
+    digests = [hashlib.sha256((gpt2_folder / name).read_bytes()).hexdigest() for name in ("vocab.json", "merges.txt")]
+    monkeypatch.setattr(tokenizer_module, "_GPT2_SHA256", digests)
+    fast = load_tokenizer(f"gpt2:{gpt2_folder}")
+    assert type(fast) is not type(gpt2) and (fast.eod, fast.vocab_size, fast.files) == (
+        gpt2.eod,
+        gpt2.vocab_size,
+        gpt2.files,
+    )
+    texts = [*NASTY, "it's  we'll  \n\n x\t 12,345 ''s", " " * 300, "a\u00a0b \u3000c", "hello<|endoftext|>" * 3]
+    for ours, theirs in zip(fast.encode_batch(texts), gpt2.encode_batch(texts), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert type(load_tokenizer(f"gpt2:{gpt2_folder}")) is type(gpt2)
 
 
 def test_documents_cannot_end_themselves(gpt2: Tokenizer, hf_file: Path) -> None:

@@ -113,8 +113,8 @@ def test_a_backward_that_keeps_attention_runs_cudnns_forward_once(monkeypatch, w
 
 def test_cudnn_says_why_it_does_not_serve():
     model = tiny.config(dtype="bfloat16", embed_dim=48).model
-    assert str(choose_attention(model, "cpu")) == "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"
-    assert str(choose_attention(model, "gpu")) == "cudnn"
+    assert str(choose_attention(model, "cpu", documents=False)) == "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"
+    assert str(choose_attention(model, "gpu", documents=False)) == "cudnn"
     refusals = {
         "not float32": dict(dtype="float32"), "head width 4": dict(head_dim=4), "head width 512": dict(head_dim=512),
         "ALiBi": dict(position="alibi"), "dropout": dict(dropout=0.1),
@@ -122,4 +122,8 @@ def test_cudnn_says_why_it_does_not_serve():
     for reason, setting in refusals.items():
         changed = tiny.replace(tiny.config(dtype="bfloat16", embed_dim=48), model=setting)
         with pytest.raises(UserError, match=reason):
-            choose_attention(tiny.replace(changed, model=dict(attention="cudnn")).model, "gpu")
+            choose_attention(tiny.replace(changed, model=dict(attention="cudnn")).model, "gpu", documents=False)
+    with pytest.raises(UserError, match="mask of documents"):
+        choose_attention(
+            tiny.replace(tiny.config(dtype="bfloat16", embed_dim=48, attention="cudnn")).model, "gpu", documents=True
+        )

@@ -214,3 +214,56 @@ def test_the_runs_facts_name_the_method_only_where_rows_are_split():
     split, whole = (attention_facts(make_program(c, tiny.layout(4, **mesh))) for mesh in (dict(data=1, context=4), {}))
     assert whole == {"attention": "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"}
     assert split == whole | {"context": NOT.format("6 heads / model=1")}
+
+
+def documents() -> np.ndarray:
+    """i32[B, T]: where each position's document starts; ends fall within chunks, on their borders, and nowhere."""
+    starts = np.zeros((B, T), np.int32)
+    for row, ends in enumerate(((3, 8, 21), (16,), (1, 2, 4, 30, 31), ())):
+        for end in ends:
+            starts[row, end:] = end
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("method", "mesh", "N", "K", "alibi"),
+    [
+        ("alltoall", dict(data=1), 4, 2, True),
+        ("alltoall", dict(context=2, model=2), 8, 4, True),
+        ("ring", dict(context=4), 6, 2, False),
+        ("ring", dict(context=2, fsdp=2), 4, 2, True),
+        ("allgather", dict(context=4), 2, 1, True),
+    ],
+    ids=str,
+)
+def test_every_method_keeps_to_documents_and_sends_nothing_between_them(method, mesh, N, K, alibi):
+    layout = tiny.layout(math.prod(mesh.values()), **({"data": 1} | mesh))
+    q, k, v, dout = operands(N, K)
+    slopes, starts = jnp.asarray(alibi_slopes(N)) if alibi else None, documents()
+    dout = dout * (starts == 8)[..., None, None]  # the third document of the first row
+
+    @jax.jit
+    def apart(q, k, v, starts):
+        out, back = jax.vjp(lambda *qkv: attend(layout, XLA, method, *qkv, slopes, None, starts), q, k, v)
+        return out, *back(dout)
+
+    out, *grads = apart(q, k, v, starts)
+    for row in range(B):
+        for start in np.unique(starts[row]):
+            here = np.flatnonzero(starts[row] == start)
+            want = one_document(*(x[row : row + 1, here] for x in (q, k, v)), alibi)
+            # as REORDERED has it, for a document alone
+            assert np.linalg.norm(np.float64(out[row, here]) - want) <= REORDERED * np.linalg.norm(want)
+    for grad in grads:
+        assert (np.asarray(grad)[starts != 8] == 0).all() and (np.asarray(grad)[starts == 8] != 0).any()
+
+
+def one_document(q, k, v, alibi):
+    """Causal attention from its definition, in float64."""
+    N, T = q.shape[2], q.shape[1]
+    k, v = (np.repeat(np.float64(x), N // x.shape[2], axis=2) for x in (k, v))
+    distance = np.arange(T)[:, None] - np.arange(T)
+    logits = np.einsum("btnh,bsnh->bnts", np.float64(q), k) / np.sqrt(H)
+    logits -= alibi_slopes(N).astype(float)[:, None, None] * distance if alibi else 0
+    weights = np.exp(np.where(distance >= 0, logits, -np.inf) - logits.max(axis=-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)[0]

@@ -1,0 +1,106 @@
+"""A mixture of samples by weight: which source a sample comes from, and its number there."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlm.data.samples import Samples, Span
+
+BLOCK = 1 << 16  # samples picked at a time
+
+
+class Greedy:
+    """Sample i goes to the source that lags its weight most: argmax of weight * max(i, 1) - samples so far, in float64,
+    the first of equals.
+
+    exact: the rule runs on without end as Megatron's does, and reaching sample i takes time in proportion to i, once: a
+      third of a second for a million. Else it begins anew every BLOCK samples: any sample costs the same, and a
+      source's share is off by less than a sample a block.
+    Source: Megatron-LM, core/datasets/helpers.cpp, build_blending_indices.
+    """
+
+    def __init__(self, weights: Sequence[float], *, exact: bool):
+        self.weights: list[float] = (np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))).tolist()
+        self._exact = exact
+        self._counts = [np.zeros(len(weights), np.int64)]  # before each block, as far as they were needed
+        self.block = functools.lru_cache(maxsize=4)(self._block)
+
+    def counts(self, block: int) -> np.ndarray:
+        """Samples of each source before a block, int64[sources]."""
+        if block and not self._exact:
+            return self._sizes(0) * block
+        while len(self._counts) <= block:
+            self._counts.append(self._counts[-1] + self._sizes(len(self._counts) - 1))
+        return self._counts[block]
+
+    def before(self, index: int) -> np.ndarray:
+        """Samples of each source before sample `index`, int64[sources]."""
+        block, rest = divmod(index, BLOCK)
+        return self.counts(block) + np.bincount(self.block(block)[0][:rest], minlength=len(self.weights))
+
+    def _sizes(self, block: int) -> np.ndarray:
+        return np.bincount(self.block(block)[0], minlength=len(self.weights))
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each sample in a block: its source, int64[BLOCK], and how many of that source the block has before it."""
+        if block and not self._exact:
+            return self.block(0)
+        counts, first = self.counts(block).tolist(), block * BLOCK
+        weights = [(k, weight) for k, weight in enumerate(self.weights) if weight > 0 or self._exact]
+        picks = np.empty(BLOCK, np.int64)
+        for i in range(BLOCK):
+            at, best, most = float(max(first + i, 1)), 0, float("-inf")
+            for k, weight in weights:
+                lag = weight * at - counts[k]
+                if lag > most:
+                    best, most = k, lag
+            picks[i] = best
+            counts[best] += 1
+        ranks = np.empty(BLOCK, np.int64)
+        for k in range(len(counts)):
+            mine = np.flatnonzero(picks == k)
+            ranks[mine] = np.arange(len(mine))
+        return picks, ranks
+
+
+class Blend:
+    """The samples of several sources, mixed by weights that may change from some sample on; each source goes on.
+
+    phases: (first sample, weight of each source), in order, the first from sample 0.
+    """
+
+    endless = True
+
+    def __init__(self, sources: Sequence[Samples], phases: Sequence[tuple[int, Sequence[float]]], *, exact: bool):
+        self.sources = tuple(sources)
+        self.seq_len, self.separate = sources[0].seq_len, sources[0].separate
+        self.num_samples = sum(source.num_samples for source in sources)
+        self._firsts = [first for first, _ in phases]
+        self._rules = [Greedy(weights, exact=exact) for _, weights in phases]
+        self._before = [np.zeros(len(sources), np.int64)]  # samples of each source before each phase
+        for rule, start, stop in zip(self._rules, self._firsts, self._firsts[1:]):
+            self._before.append(self._before[-1] + rule.before(stop - start))
+
+    def pick(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample and its number there, int64[n] each."""
+        which, numbers = np.empty((2, len(indices)), np.int64)
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            phase = bisect.bisect_right(self._firsts, index) - 1
+            block, place = divmod(index - self._firsts[phase], BLOCK)
+            picks, ranks = self._rules[phase].block(block)
+            k = which[row] = picks[place]
+            numbers[row] = self._before[phase][k] + self._rules[phase].counts(block)[k] + ranks[place]
+        return which, numbers
+
+    def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
+        which, numbers = self.pick(indices)
+        found: list[list[Span]] = [[]] * len(which)
+        for k in np.unique(which).tolist():
+            places = np.flatnonzero(which == k)
+            for place, spans in zip(places.tolist(), self.sources[k].spans(numbers[places])):
+                found[place] = spans
+        return found

@@ -1,0 +1,196 @@
+"""What a config's data section names, opened: sets with their weights to train on, sets to evaluate on, rows of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config, Problem, UserError, skipped_batches
+from jaxlm.data.blend import Blend
+from jaxlm.data.indexed import IndexedDataset
+from jaxlm.data.infill import Infill
+from jaxlm.data.loader import Loader
+from jaxlm.data.megatron import MegatronSamples, split_sequences
+from jaxlm.data.packing import Packed
+from jaxlm.data.prepare import prepare
+from jaxlm.data.ramp import Ramp, in_force
+from jaxlm.data.samples import Samples, TokenRange, Windows, split_ranges, whole
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+
+_NUMBER = r"\d+\.?\d*(?:[eE]-?\d+)?"
+_WEIGHTED = re.compile(rf"({_NUMBER}(?:@\d+)?(?:/{_NUMBER}@\d+)*):(.+)")
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+SURPLUS = 0.005  # samples more than its share that Megatron builds of each set in a mixture
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of a run: what to train on, what to hold out, by name, and how it is spelled."""
+
+    tokenizer: Tokenizer
+    training: tuple[TokenRange, ...]
+    evaluation: dict[str, tuple[TokenRange, ...]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(r.num_tokens for r in self.training)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """{name of a set: its fingerprint}, in the order of training; the folder a set lies in does not count."""
+        sets = [part.dataset for part in self.training]
+        return {f"{i}:{Path(s.prefix).name}": s.fingerprint() for i, s in enumerate(sets)}
+
+    @property
+    def held_out(self) -> tuple[TokenRange, ...]:
+        """What is held out, under whatever name."""
+        return tuple(r for ranges in self.evaluation.values() for r in ranges)
+
+
+def parse_train(entry: str) -> tuple[str, tuple[tuple[int, float], ...]]:
+    """An entry of data.train: (prefix, weights by step).
+
+    Example: "0.7:a" is ("a", ((0, 0.7),)), "0.7/0.2@1000:a" ("a", ((0, 0.7), (1000, 0.2))), "a" ("a", ()).
+    """
+    found = _WEIGHTED.fullmatch(entry)
+    if found is None:
+        return entry, ()
+    pairs = [part.partition("@") for part in found[1].split("/")]
+    return found[2], tuple((int(step or 0), float(weight)) for weight, _, step in pairs)
+
+
+def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Corpus:
+    """Tokenizes data.path into workdir/data on first use, or opens data.train and data.eval.
+
+    Raises: UserError if a file is missing, malformed or changed since it was tokenized, or weights make no sense.
+    """
+    data = config.data
+    if data.path:
+        folder = workdir / "data"
+        ready = prepare(data.path, tokenizer_spec=data.tokenizer, text_key=data.text_key, folder=folder, log=log)
+        tokenizer, entries = ready.tokenizer, [(ready.prefix, ())]
+    else:
+        tokenizer, entries = load_tokenizer(data.tokenizer), [parse_train(entry) for entry in data.train]
+    sets = [IndexedDataset(prefix) for prefix, _ in entries]
+    cut = _by_sequences if data.order == "megatron" or data.packing == "best_fit" else _by_tokens
+    cuts = [(whole(s), None) if data.eval else cut(s, data.split) for s in sets]
+    training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
+    evaluation: dict[str, tuple[TokenRange, ...]] = {}
+    for entry in data.eval:
+        found = _NAMED.fullmatch(entry)
+        name, prefix = found.groups() if found else ("", entry)
+        evaluation[name] = (*evaluation.get(name, ()), whole(IndexedDataset(prefix)))
+    if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > config.train.seq_len)):
+        evaluation[""] = held_out
+    return Corpus(tokenizer, training, evaluation)
+
+
+def _by_tokens(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
+    first, second, *_ = split_ranges(dataset.num_tokens, shares=shares)
+    return TokenRange(dataset, *first), TokenRange(dataset, *second)
+
+
+def _by_sequences(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
+    first, second, *_ = split_sequences(len(dataset), shares=shares)
+    start, middle, end = dataset.first_tokens(np.array([first.start, second.start, second.stop])).tolist()
+    return TokenRange(dataset, start, middle, first), TokenRange(dataset, middle, end, second)
+
+
+def make_ramp(config: Config) -> Ramp:
+    return Ramp(config.train.batch_size, *config.train.batch_ramp)
+
+
+def training_samples(parts: tuple[TokenRange, ...], config: Config) -> Samples:
+    """The order in which a run reads `parts`."""
+    data, train = config.data, config.train
+    sized: Any = dict(seq_len=train.seq_len, seed=train.seed)
+    weighted = [part for part in parts if part.weights]
+    if weighted and len(weighted) < len(parts):
+        bare = next(part for part in parts if not part.weights).dataset.prefix
+        raise UserError(Problem(f"data.train: {bare}", "has no weight, and others have", f"write it as 1.0:{bare}"))
+    ramp = make_ramp(config)
+    phases = [(ramp.before(step), weights) for step, weights in _phases(parts)]
+    if data.order == "megatron":
+        total = ramp.before(train.num_steps)
+        if len(parts) == 1 and not weighted:
+            return MegatronSamples(parts[0], num_samples=total, **sized)
+        shares: list[int | None] = [None] * len(parts)
+        if weighted:
+            shares = [ceil(ceil(total * w / sum(phases[0][1])) * (1 + SURPLUS)) for w in phases[0][1]]
+        sources = [MegatronSamples(part, num_samples=share, **sized) for part, share in zip(parts, shares)]
+        return Blend(sources, phases or [(0, [s.num_samples for s in sources])], exact=True)
+    make = Packed if data.packing == "best_fit" else partial(Windows, shuffle=True)
+    if not weighted:
+        return make(parts, **sized)
+    return Blend([make([part], **sized) for part in parts], phases, exact=False)
+
+
+def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
+    """(step, weight of each part) from each step on at which one changes. Raises UserError where all are 0."""
+    steps = sorted({0, *(step for part in parts for step, _ in part.weights)}) if parts[0].weights else []
+    for part in parts:
+        if [step for step, _ in part.weights] != sorted({step for step, _ in part.weights}):
+            where = f"data.train: {part.dataset.prefix}"
+            raise UserError(Problem(where, "the steps of its weights do not rise", "write them in order, each once"))
+    phases = [(step, [in_force(part.weights, step, 0.0) for part in parts]) for step in steps]
+    for step, weights in phases:
+        if sum(weights) <= 0:
+            raise UserError(Problem(f"data.train from step {step} on", "every weight is 0", "give a set some weight"))
+    return phases
+
+
+def same_weights(before: Sequence[str], after: Sequence[str], *, steps: int) -> bool:
+    """Whether two values of data.train read the same rows in the first `steps` steps."""
+
+    def until(entries: Sequence[str]) -> list[tuple[str, list]]:
+        parsed = map(parse_train, entries)
+        past = [(prefix, [pair for pair in weights if pair[0] < steps], weights) for prefix, weights in parsed]
+        return [(prefix, pairs) for prefix, pairs, weights in past if pairs or not weights]
+
+    return until(before) == until(after)
+
+
+def training_loader(config: Config, corpus: Corpus) -> Loader:
+    """The batches a run trains on, without end."""
+    data, rewrite = config.data, None
+    if data.fim_rate:
+        if max(data.fim_tokens) >= config.model.vocab_size:
+            rule = f"is not below the vocabulary size, {config.model.vocab_size}"
+            raise UserError(Problem(f"data.fim_tokens: {max(data.fim_tokens)}", rule, "raise model.vocab_size"))
+        prefix, middle, suffix = data.fim_tokens
+        sentinels = (prefix, middle, suffix)
+        rewrite = Infill(corpus.tokenizer, config.train.seed, data.fim_rate, data.fim_spm_rate, sentinels)
+    samples, lengths = training_samples(corpus.training, config), data.row_lengths
+    more = dict(lengths=lengths, rewrite=rewrite, skip=skipped_batches(data.skip_steps))
+    return _loader(config, corpus.tokenizer, samples, make_ramp(config), **more)
+
+
+def evaluation_loader(config: Config, parts: tuple[TokenRange, ...], tokenizer: Tokenizer) -> Loader:
+    """The batches of an evaluation: every row of `parts` in file order, once."""
+    samples = Windows(parts, seq_len=config.train.seq_len, seed=0, shuffle=False)
+    return _loader(config, tokenizer, samples, Ramp(config.train.batch_size))
+
+
+def evaluation_loaders(config: Config, corpus: Corpus, note: Callable[[str], None]) -> dict[str, Loader]:
+    """A loader for each set to evaluate on, by name; for none, a note. UserError if evaluations are asked for then."""
+    if corpus.evaluation:
+        sets = corpus.evaluation.items()
+        return {name: evaluation_loader(config, parts, corpus.tokenizer) for name, parts in sets}
+    if config.train.eval_every:
+        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
+        raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
+    note("no evaluation: data.split and data.eval hold no row out")
+    return {}
+
+
+def _loader(config: Config, tokenizer: Tokenizer, samples: Samples, ramp: Ramp, **more) -> Loader:
+    data, size = config.data, config.model.vocab_size
+    masks = dict(mask_eod_loss=data.mask_eod_loss, separates=data.separates)
+    return Loader(samples, ramp, eod=tokenizer.eod, vocab_size=size, **masks, **more)
