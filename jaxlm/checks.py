@@ -27,6 +27,8 @@ APPLIES = (
     ("train.sdc_check_every", lambda c: not c.optim.offload, "optim.offload=false"),
     ("data.text_key", lambda c: bool(c.data.path), "data.path"),
     ("data.split", lambda c: not c.data.eval, "no data.eval"),
+    ("checkpoint.keep_every", lambda c: c.checkpoint.every_steps > 0, "checkpoint.every_steps above 0"),
+    ("checkpoint.keep_best", lambda c: c.train.eval_every > 0, "train.eval_every above 0"),
     ("log.sample_prompt", lambda c: c.log.sample_tokens > 0, "log.sample_tokens above 0"),
 )
 
@@ -39,6 +41,7 @@ AT_LEAST = {
     "train.max_nonfinite_steps": 1, "train.skip_spikes": 0, "train.watchdog_s": -1, "train.preempt_grace_s": 0,
     "train.sdc_check_every": 0, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0, "checkpoint.keep_best": 0,
     "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
 }  # fmt: skip
 
@@ -150,7 +153,7 @@ def _check_mesh(config: Config, rule: Any) -> None:
 
 
 def _check_run(config: Config, rule: Any) -> None:
-    m, t, o, d = config.model, config.train, config.optim, config.data
+    m, t, o, d, c = config.model, config.train, config.optim, config.data, config.checkpoint
     rule(
         t.seq_len <= m.max_seq_len,
         "train.seq_len",
@@ -180,6 +183,12 @@ def _check_run(config: Config, rule: Any) -> None:
         "optim.decay_steps",
         f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
         f"use at most {t.num_steps - o.warmup_steps}",
+    )
+    rule(
+        c.every_steps == 0 or c.keep_every % c.every_steps == 0,
+        "checkpoint.keep_every",
+        f"is no multiple of checkpoint.every_steps={c.every_steps}: few or none of its steps are saved",
+        f"use a multiple of {c.every_steps}",
     )
     unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
     rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")

@@ -164,6 +164,8 @@ class DataConfig:
 class CheckpointConfig:
     every_steps: int = setting(500, "steps between saves; the last step always saves (0: only then)")
     keep: int = setting(3, "newest checkpoints kept")
+    keep_every: int = setting(0, "checkpoints of steps divisible by this are kept for ever (0: none)")
+    keep_best: int = setting(0, "checkpoints with the lowest evaluation loss kept (0: none)")
 
 
 @dataclass(frozen=True)

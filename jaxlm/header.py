@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 
 import jaxlm
+from jaxlm.config import Config
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
@@ -60,6 +62,12 @@ def versions() -> dict[str, str]:
             revision = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
             found["jaxlm"] += f" {revision}"
     return found
+
+
+def provenance(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
+    kept = {key: facts[key] for key in ("mesh", "versions", "data")}
+    return {"config": dataclasses.asdict(config), "devices": f"{facts['devices']} x {facts['device_kind']}"} | kept
 
 
 def header(

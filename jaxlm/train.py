@@ -7,7 +7,6 @@ four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import shlex
 import sys
@@ -19,13 +18,16 @@ from typing import Any
 
 import jax
 
+from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
 from jaxlm.config import Problem, UserError
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
 from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
-from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
+from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
 from jaxlm.metrics.meter import StepMeter
@@ -39,7 +41,6 @@ from jaxlm.resume import compare_data, compare_with_last_start
 from jaxlm.session import (
     Corpus,
     evaluate_batches,
-    lock_run,
     make_loader,
     open_corpus,
     open_held_out,
@@ -76,20 +77,21 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE.py[:arg]", help="the settings to start from")
     parser.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<config name>)")
+    parser.add_argument("--force-lock", action="store_true", help="take the folder from a run that seems to hold it")
     overrides, others = split_overrides(argv)
     args = parser.parse_args(others)
     resolved = resolve(load_file(args.config), overrides=overrides, presets=PRESETS, file=args.config)
     workdir = args.workdir or Path("runs") / args.config.removesuffix(".py").replace(".py:", "-").rpartition("/")[2]
-    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv])
+    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv], force_lock=args.force_lock)
 
 
-def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
+def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool = False) -> int:
     """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code."""
     config = resolved.config
     preflight(workdir)
     use_device_settings(config)
     with Closing() as stack:
-        stack.enter_context(lock_run(workdir))
+        lock = stack.enter_context(RunLock(workdir, force=force_lock))
         earlier = read_account(workdir)
         progress = stack.enter_context(
             Progress(num_steps=config.train.num_steps, stream=sys.stdout, before_s=earlier.running_s if earlier else 0)
@@ -108,15 +110,18 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         program = open_program(config)
         loader = make_loader(config, corpus.training, corpus.tokenizer, shuffle=True)
         held_out = open_held_out(config, corpus, progress.note)
-        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
+        kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
         ledger.enter("restore")
-        state, start = resume_or_begin(program, store)
+        state, start = resume_or_begin(program, store, progress.note)
         if start >= config.train.num_steps:
             progress.note(f"already at step {start}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
         ledger.enter("compile")
+        store.warm_up(to_layers(program.pipe, without_recent(state)[0]))
         compiled = build(program, state, loader)
+        store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
         write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
@@ -127,8 +132,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str]) -> int:
         stop = stack.enter_context(StopSignals(progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
-            progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,
-            made_with={"config": dataclasses.asdict(config)} | {key: facts[key] for key in ("mesh", "versions", "data")},
+            progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger, provenance=provenance(config, facts),
         )  # fmt: skip
         try:
             state, code = loop.run(state, start)
@@ -155,10 +159,13 @@ def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None])
     )
 
 
-def resume_or_begin(program: Program, store: CheckpointStore) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint, or a new one, and the steps it has behind it."""
+def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
+    """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
     like, _ = without_recent(abstract_state(program))
-    restored = store.restore_latest(to_layers(program.pipe, like))
+    saved_like = to_layers(program.pipe, like)
+    for shortage in shortages(store.directory, saved_like):
+        note(f"WARNING: {shortage}")
+    restored = store.restore_latest_good(saved_like)
     if restored is None:
         return init_state(program), 0
     state = from_layers(program.pipe, restored.state, like)
@@ -179,7 +186,8 @@ class Loop:
     stop: StopSignals
     meter: StepMeter
     ledger: Ledger
-    made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
+    provenance: dict[str, Any]  # kept beside every checkpoint
+    _evaluated: tuple[int, float] | None = field(default=None, init=False)
     _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
 
     def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
@@ -198,7 +206,8 @@ class Loop:
             jax.transfer_guard("disallow"),
         ):
             self.meter.start(time_s=time.monotonic())
-            while done < train.num_steps and self.stop.exit_code is None:
+            last = self.stop.exit_code is not None
+            while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch, wait_s = self._next(batches, done, state)
                 state, metrics = self._step(done + 1, state, batch)
                 done += 1
@@ -284,6 +293,7 @@ class Loop:
         count = min(whole, self.program.config.train.eval_batches or whole)
         rows = (put_batch(self.program, self.held_out.batch(i)) for i in range(count))
         result = evaluate_batches(self.compiled.evaluate, state.params, rows)
+        self._evaluated = (step, result.loss)
         self.log.write({"step": step, "eval_loss": result.loss})
         self.progress.note(f"step {step}: eval loss {result.loss!r} on {result.tokens:,} tokens")
 
@@ -295,17 +305,20 @@ class Loop:
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
             raise UserError(Problem(f"step {step}", rule, remedy), exit_code=EXIT_DIVERGED)
         tokens = step * self.program.config.train.batch_size * self.program.config.train.seq_len
+        evaluated, loss = self._evaluated or (0, 0.0)
+        metrics = {"eval_loss": loss} if evaluated == step else {}
         arrays, recent = without_recent(state)
-        self.store.save(
-            step, to_layers(self.program.pipe, arrays), metadata=self.made_with | {"tokens": tokens} | recent
-        )
+        beside = self.provenance | {"tokens": tokens, "metrics": metrics} | recent
+        self.store.save(step, to_layers(self.program.pipe, arrays), metadata=beside)
 
     def _announce_commits(self) -> None:
         for save in self.store.poll():
             if save.error is None:
-                self.progress.note(f"step {save.step}: checkpoint committed in {save.duration_s:.2f} s")
+                waited = f"the run waited {save.blocked_s:.2f} s"
+                self.progress.note(f"step {save.step}: checkpoint committed in {save.duration_s:.2f} s, {waited}")
             else:
-                self.progress.note(f"step {save.step}: ERROR, checkpoint not saved: {save.error}")
+                times = f" ({save.failures} in a row)" if save.failures > 1 else ""
+                self.progress.note(f"step {save.step}: ERROR, checkpoint not saved{times}: {save.error}")
 
 
 def make_meter(facts: dict) -> StepMeter:

@@ -71,7 +71,7 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
         jax.block_until_ready((state, metrics))
         bare_s.append((time.perf_counter() - begin) / steps)
         with (
-            CheckpointStore(folder / f"checkpoints-{i}", keep=1) as store,
+            CheckpointStore(folder / f"checkpoints-{i}") as store,
             MetricsLog(folder / f"round-{i}", tensorboard=True, resume_step=0) as log,
             Progress(num_steps=steps, stream=io.StringIO()) as progress,
             train.StopSignals(print) as stop,
@@ -79,7 +79,7 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
         ):
             loop = WithoutSaves(
                 program=program, compiled=compiled, loader=loader, held_out=None, store=store, log=log,
-                progress=progress, stop=stop, meter=train.make_meter(facts), ledger=ledger,
+                progress=progress, stop=stop, meter=train.make_meter(facts), ledger=ledger, provenance={},
             )  # fmt: skip
             begin = time.perf_counter()
             state, _ = loop.run(state, 0)

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlm.checkpoint.restore import restore_latest
+from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.pipelined import to_layers
 from jaxlm.session import load_config, open_program
@@ -89,7 +89,7 @@ def leaves(workdir: Path) -> list[np.ndarray]:
     """Every array of the newest checkpoint."""
     program = open_program(load_config(workdir))
     like, _ = without_recent(abstract_state(program))
-    restored = restore_latest(workdir / "checkpoints", to_layers(program.pipe, like))
+    restored = restore_latest_good(workdir / "checkpoints", to_layers(program.pipe, like))
     assert restored is not None
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state)]
 

@@ -48,15 +48,15 @@ def main(argv: Sequence[str]) -> int:
             state, step = init_state(program), compile_step(program)
             for i in range(2):
                 state, _ = step(state, put_batch(program, loader.batch(i)))
-            with CheckpointStore(Path(folder) / text, keep=1) as store:
+            with CheckpointStore(Path(folder) / text) as store:
                 store.save(2, to_layers(program.pipe, state))
             del state
         for column, program in enumerate(programs):
             run, like = compile_eval(program), abstract_state(program)
             batch = put_batch(program, loader.batch(2))
             for row, text in enumerate(args.meshes):
-                with CheckpointStore(Path(folder) / text, keep=1) as store:
-                    restored = store.restore_latest(to_layers(program.pipe, like))
+                with CheckpointStore(Path(folder) / text) as store:
+                    restored = store.restore_latest_good(to_layers(program.pipe, like))
                 assert restored is not None
                 state = from_layers(program.pipe, restored.state, like)
                 nats, tokens = run(state.params, batch)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxlm import train
-from jaxlm.checkpoint.restore import Restored, restore_latest
+from jaxlm.checkpoint.restore import Restored, restore_latest_good
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.pipelined import to_layers
 from jaxlm.session import load_config, open_program
@@ -69,7 +69,7 @@ def final_checkpoint(workdir: Path) -> Restored:
     """The newest checkpoint, on the mesh of the run; with a pipeline, a leaf a layer."""
     program = open_program(load_config(workdir))
     like, _ = without_recent(abstract_state(program))
-    restored = restore_latest(workdir / "checkpoints", to_layers(program.pipe, like))
+    restored = restore_latest_good(workdir / "checkpoints", to_layers(program.pipe, like))
     assert restored is not None
     return restored
 

@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,14 @@ import tiny
 from runs import STEPS, TIMES, assert_bitwise, command, final_state, make_folder, numbers, settings, start, stop_at
 
 from jaxlm import evaluate, generate, train
-from jaxlm.checkpoint.restore import restore_latest
+from jaxlm.checkpoint import __main__ as checkpoint
+from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.metrics.writer import read_metrics
-from jaxlm.session import load_config, lock_run, open_program
+from jaxlm.session import load_config, open_program
 from jaxlm.step import abstract_state, init_state, make_program
 
 
@@ -54,6 +58,10 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     for name in ("report.md", "loss.png", "summary.json"):
         assert (unbroken / name).stat().st_size > 500
     assert sorted(int(p.name) for p in (unbroken / "checkpoints").iterdir()) == [18, 21, 24]
+    kept = manifest.read(unbroken / "checkpoints" / "24").metadata
+    assert kept["metrics"] == {"eval_loss": records[-1]["eval_loss"]} and kept["mesh"] == {"data": 4, "fsdp": 2}
+    assert kept["config"]["model"]["vocab_size"] == 257 and kept["versions"]["jax"] == jax.__version__
+    assert manifest.read(unbroken / "checkpoints" / "21").metrics == {}
 
 
 def test_a_pipeline_saves_stops_resumes_samples_and_goes_on_without_one(folder, capsys):
@@ -101,6 +109,20 @@ def test_killed_at_a_random_moment_and_rerun_equals_the_unbroken_run_to_the_last
     assert train.main(command(folder, name)) == 0
     assert numbers(folder / name) == numbers(unbroken)
     assert_bitwise(final_state(folder / name), final_state(unbroken))
+
+
+def test_a_run_whose_newest_checkpoint_rotted_goes_back_one_and_ends_as_the_unbroken_run(folder, unbroken, capsys):
+    shutil.copytree(unbroken, folder / "rotten")
+    newest = folder / "rotten" / "checkpoints" / str(STEPS)
+    file = max((entry for entry in newest.rglob("*") if entry.is_file()), key=lambda entry: entry.stat().st_size)
+    rotten = bytearray(file.read_bytes())
+    rotten[len(rotten) // 2] ^= 4
+    file.write_bytes(rotten)
+    assert train.main(command(folder, "rotten")) == 0
+    assert f"resumes after step {STEPS - 3}" in capsys.readouterr().out
+    assert numbers(folder / "rotten") == numbers(unbroken)
+    assert_bitwise(final_state(folder / "rotten"), final_state(unbroken))
+    assert (folder / "rotten" / "checkpoints" / "abandoned" / str(STEPS)).is_dir()
 
 
 @pytest.mark.nightly
@@ -160,7 +182,7 @@ def test_ctrl_c_on_a_terminal_saves_and_leaves_with_130_and_no_traceback(folder,
 
 def test_a_checkpoint_restores_bitwise_under_the_other_layer_layout(folder, unbroken):
     program = open_program(tiny.replace(load_config(unbroken), model=dict(scan_layers=True)))
-    restored = restore_latest(unbroken / "checkpoints", abstract_state(program))
+    restored = restore_latest_good(unbroken / "checkpoints", abstract_state(program))
     assert_bitwise(restored.state, final_state(unbroken))
     # two halves, the second scanned: whole and killed-and-resumed are the same run
     for name, stops in (("whole", [12, STEPS]), ("broken", [12, 18, STEPS])):
@@ -229,6 +251,14 @@ def test_evaluate_and_generate_read_a_workdir(folder, unbroken, capsys):
         evaluate.main(["--workdir", str(unbroken), "--input", str(folder / "text.txt"), "--json", "--step", "18"]) == 0
     )
     assert json.loads(capsys.readouterr().out)["step"] == 18
+    half = str(folder / "half")
+    assert checkpoint.main(["export", str(unbroken), "--output", half, "--step", "18"]) == 0
+    capsys.readouterr()
+    losses = []
+    for workdir in (str(unbroken), half):
+        evaluate.main(["--workdir", workdir, "--input", str(folder / "text.txt"), "--json", "--step", "18"])
+        losses.append(json.loads(capsys.readouterr().out)["eval_loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=2**-8)  # bfloat16 keeps 8 bits of a parameter
     texts = []
     for seed in ("1", "1", "2"):
         assert (
@@ -317,6 +347,19 @@ def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, ca
     assert train.main(command(folder, "unbroken")) == 0
 
 
+def test_a_signal_after_the_loop_has_looked_still_saves(folder, monkeypatch):
+    announce = train.Loop._announce_commits
+
+    def late(self):
+        announce(self)
+        if self._pending and self._pending[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Loop, "_announce_commits", late)
+    assert train.main(command(folder, "late", "--config.checkpoint.every_steps=0")) == 75
+    assert [entry.name for entry in (folder / "late" / "checkpoints").iterdir()] == ["4"]
+
+
 def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch):
     make = train.make_meter
     monkeypatch.setattr(train, "make_meter", lambda facts: (signal.raise_signal(signal.SIGTERM), make(facts))[1])
@@ -325,7 +368,7 @@ def test_a_signal_before_the_first_step_leaves_with_its_code(folder, monkeypatch
 
 
 def test_two_runs_can_not_share_a_workdir(folder, unbroken):
-    with lock_run(unbroken), pytest.raises(UserError, match="another process") as caught:
+    with RunLock(unbroken), pytest.raises(UserError, match="another process") as caught:
         train.main(command(folder, "unbroken"))
     assert caught.value.exit_code == 3
 

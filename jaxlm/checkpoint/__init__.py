@@ -1,10 +1,15 @@
-"""Checkpoints of a run: saved in the background, committed by a rename, restored onto any mesh.
+"""Checkpoints of a run: saved in the background, committed by a rename, verified on load, restored onto any mesh.
 
-store.py     CheckpointStore: the writer of a run's directory, keeping the newest; the loop's one door. Start here.
-restore.py   reading: which steps there are, does one fit, load it whole or its parameters alone; never writes
-layout.py    what lies on disk: one directory a step, one named array a leaf; its junk and its temporary names
-quiet.py     keeps Orbax's details out of the log
+store.py      CheckpointStore: the writer of a run's directory; the loop's one door. Start here.
+restore.py    reading: the newest sound step, one step, its parameters alone; never writes
+lock.py       RunLock: one run a workdir, across hosts
+layout.py     what lies on disk: one directory a step, one named array a leaf; what is moved aside, what is left over
+manifest.py   step.json, what a step says of itself: arrays with checksums, files with sizes, the caller's metadata
+checksum.py   of an array, on the devices that hold it      staging.py   the copy in host memory that a save waits for
+retention.py  which steps stay                              space.py     disk and memory that saves will need
+examine.py    verify, diff, export without the run          __main__.py  python -m jaxlm.checkpoint
+quiet.py      keeps Orbax's details out of the log
 
-May import jaxlm.config, jaxlm.parallel, jax, numpy and Orbax; nothing outside this room imports Orbax. Directories are
-on a file system that renames atomically (local disks, NFS, Lustre), not in an object store.
+May import jaxlm.settings, jaxlm.config, jaxlm.parallel, jax, numpy and Orbax; nothing outside this room imports Orbax.
+Directories are on a file system that renames atomically (local disks, NFS, Lustre), not in an object store.
 """

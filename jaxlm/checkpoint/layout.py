@@ -1,10 +1,10 @@
 """What lies in a checkpoint directory: the names of entries, and the names of arrays inside one.
 
     checkpoints/
-      500/                             a committed step
-      1000.orbax-checkpoint-tmp/       a save in flight, or what a killed one left
+      500/                             a committed step: Orbax's files and step.json (manifest.py)
+      1000.writing.../                 a save in flight, or what a killed one left
       250.pruned/                      a step on its way out
-      750.aside/                       something that was in a step's way and is no checkpoint
+      abandoned/750/                   what stood in the way of a save, with the reason in abandoned/notes.txt
 
 A step holds one flat dict from name to array, `params.layers.0.attn.query`, whatever containers the state is made of:
 nothing about the mesh, the sharding or the class of a node is kept, so none of them has to match when it is read.
@@ -15,20 +15,24 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlm.config import Problem, UserError
+from jaxlm.checkpoint import manifest
 
 log = logging.getLogger("jaxlm.checkpoint")
 
 ITEM = "state"  # the one Orbax item of a step
-COMMIT_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it last, before the rename that commits a step
-TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's mark of a save in flight
+ORBAX_FILE = "_CHECKPOINT_METADATA"  # what a step from before step.json has instead
+WRITING = ".writing"
 PRUNED = ".pruned"
-ASIDE = ".aside"
+ABANDONED = "abandoned"
+NOTES = "notes.txt"
+LEFTOVER = re.compile(r"\d+(\.writing.*|\.pruned|\.orbax-checkpoint-tmp.*)")
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -46,35 +50,45 @@ def name_leaves(tree: Any, *, part: str = "") -> dict[str, Any]:
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Steps with a whole checkpoint in `directory`, ascending; anything else there is left out."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if _is_step(entry) and _is_committed(entry))
+    """Steps with a checkpoint in `directory`, ascending, sound or not; anything else there is left out."""
+    return sorted(int(entry.name) for entry in _step_entries(directory) if is_committed(entry))
 
 
 def junk(directory: Path) -> list[Path]:
     """Entries of `directory` named like a step that hold no checkpoint: an empty directory, a file."""
-    if not directory.is_dir():
-        return []
-    return sorted(entry for entry in directory.iterdir() if _is_step(entry) and not _is_committed(entry))
+    return sorted(entry for entry in _step_entries(directory) if not is_committed(entry))
+
+
+def is_committed(entry: Path) -> bool:
+    return (entry / manifest.FILE).is_file() or (entry / ORBAX_FILE).is_file()
+
+
+def writing_path(directory: Path, step: int) -> Path:
+    return directory / f"{step}{WRITING}"
+
+
+def commit(directory: Path, step: int) -> None:
+    """Gives the sealed step its name: from here on it is restorable."""
+    writing_path(directory, step).rename(directory / str(step))
+    manifest.flush(directory)
 
 
 def remove_leftovers(directory: Path) -> None:
     """Deletes what killed saves and killed deletions left. Only for the one process that writes in `directory`."""
     for entry in directory.iterdir():
-        if TEMPORARY in entry.name or entry.name.endswith(PRUNED):
+        if LEFTOVER.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def remove_temporary(directory: Path, step: int) -> None:
+def remove_writing(directory: Path, step: int) -> None:
     """Deletes what a failed save of `step` left, so that a full disk has room for the next one."""
-    for entry in directory.glob(f"{step}{TEMPORARY}*"):
+    for entry in directory.glob(f"{step}{WRITING}*"):
         shutil.rmtree(entry, ignore_errors=True)
 
 
-def prune(directory: Path, *, keep: int) -> None:
-    """Deletes all but the newest `keep` committed steps. A step leaves by one rename: it is never there in half."""
-    for step in committed_steps(directory)[:-keep]:
+def remove(directory: Path, steps: Iterable[int]) -> None:
+    """Deletes steps. Each leaves by one rename: it is never there in half."""
+    for step in steps:
         try:
             doomed = (directory / str(step)).rename(directory / f"{step}{PRUNED}")
             shutil.rmtree(doomed)
@@ -82,24 +96,19 @@ def prune(directory: Path, *, keep: int) -> None:
             log.warning("checkpoint of step %d could not be deleted: %s", step, error)
 
 
-def clear_the_way(directory: Path, step: int) -> None:
-    """Renames an entry that is no checkpoint but stands where one of `step` will go; nothing is deleted.
-
-    Raises: UserError if it is a checkpoint.
-    """
-    entry = directory / str(step)
-    if not entry.exists():
-        return
-    if _is_committed(entry):
-        raise UserError(Problem(str(entry), "was saved by another run while this one trains", "give each a --workdir"))
-    taken = len(list(directory.glob(f"{step}{ASIDE}*")))
-    aside = entry.rename(directory / (f"{step}{ASIDE}" + (f"-{taken}" if taken else "")))
-    log.warning("%s is no checkpoint and stood in the way of one; it is now %s", entry, aside.name)
+def abandon(directory: Path, entries: Iterable[Path], reason: str) -> None:
+    """Moves entries of `directory` into abandoned/, out of the way of saves to come; nothing is deleted."""
+    folder = directory / ABANDONED
+    for entry in entries:
+        folder.mkdir(exist_ok=True)
+        earlier = len(list(folder.glob(f"{entry.name}*")))
+        target = entry.rename(folder / (f"{entry.name}-{earlier}" if earlier else entry.name))
+        with open(folder / NOTES, "a") as notes:
+            notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
+        log.warning("%s moved to %s: %s", entry, target, reason)
 
 
-def _is_step(entry: Path) -> bool:
-    return STEP_NAME.fullmatch(entry.name) is not None
-
-
-def _is_committed(entry: Path) -> bool:
-    return (entry / COMMIT_FILE).is_file()
+def _step_entries(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return [entry for entry in directory.iterdir() if STEP_NAME.fullmatch(entry.name)]

@@ -1,68 +1,95 @@
-"""Reads checkpoints, whole or their parameters alone, onto the shardings that the caller asks for. Never writes."""
+"""Reads checkpoints, whole or their parameters alone, onto the shardings that the caller asks for. Never writes.
+
+What is loaded is compared with the checksums of what was saved, computed again on the devices. A step that fails is damage,
+and the one before it is tried; a step that is sound and does not fit the caller's shapes is the caller's error.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
+from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.checkpoint.quiet import silence_details
 from jaxlm.config import Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
+SEALED = "sealed"  # in Orbax's own metadata: a manifest belongs to this step
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint in memory: its step, the state in the asked-for tree and shardings, and what was saved beside it."""
+    """A checkpoint in memory: its step, the state in the asked-for tree and shardings, what was saved beside it, and the
+    later steps that were passed over, with what is wrong with each."""
 
     step: int
     state: Any
     metadata: dict[str, Any]
+    passed_over: dict[int, Damage] = field(default_factory=dict)
 
 
-def restore_latest(directory: str | Path, abstract_state: Any) -> Restored | None:
-    """The newest committed step of `directory`, or None where there is none; what is no checkpoint is skipped.
+def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "") -> Restored | None:
+    """The newest sound step of `directory`, or None where there is no step at all.
 
-    Args:
-      abstract_state: the state's tree with a `jax.ShapeDtypeStruct` that has a sharding at each leaf.
+    A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
+    is. What is no checkpoint is skipped.
 
-    Raises: UserError with a table of (path, saved, now) if names, shapes or dtypes differ, before anything is loaded.
+    Args: as `restore`.
+    Raises: UserError (exit code 3) with a list of what is wrong if there are steps and none is sound. UserError with a table
+      of (path, saved, now) if names, shapes or dtypes of the newest sound step differ.
     """
     directory = Path(directory).absolute()
     if skipped := junk(directory):
         log.warning("no checkpoints, skipped: %s", ", ".join(map(str, skipped)))
-    steps = committed_steps(directory)
-    return restore(directory, abstract_state, step=steps[-1]) if steps else None
+    passed: dict[int, Damage] = {}
+    for step in reversed(committed_steps(directory)):
+        try:
+            found = _load(directory / str(step), abstract, part)
+        except Damage as damage:
+            log.warning("checkpoint of step %d passed over: %s", step, damage)
+            passed[step] = damage
+        else:
+            return replace(found, passed_over=passed)
+    if passed:
+        rule = "\n    ".join(["none of its checkpoints is sound:", *map(str, passed.values())])
+        remedy = "mend the disk and rerun, restore a copy, or move them elsewhere to start anew"
+        raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
+    return None
 
 
 def restore_params(directory: str | Path, abstract_params: Any, *, step: int | None = None) -> Restored:
-    """The parameters alone, as `Restored.state`; optimizer state is not read. step: None takes the newest.
+    """The parameters alone, as `Restored.state`; optimizer state is not read. step: None takes the newest sound one.
 
+    Parameters exported in a narrower floating type are widened to the asked-for one.
     Raises: UserError (exit code 3) without such a step, UserError with a table if the parameters differ.
     """
-    directory = Path(directory).absolute()
-    if step is None:
-        step = (committed_steps(directory) or [None])[-1]
-    return restore(directory, abstract_params, step=step, part="params")
+    if step is not None:
+        return restore(directory, abstract_params, step=step, part="params")
+    found = restore_latest_good(directory, abstract_params, part="params")
+    return found if found is not None else restore(directory, abstract_params, step=None, part="params")
 
 
 def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str = "") -> Restored:
-    """Loads `step` of `directory`.
+    """Loads `step` of `directory` and no other.
 
     Args:
       abstract: a tree with a `jax.ShapeDtypeStruct` that has a sharding at each leaf.
       part: name of the subtree of the saved state that `abstract` describes; other arrays are not read. Empty means
         the whole state, which must then have the leaves of `abstract` and no others.
 
-    Raises: UserError as `restore_params`.
+    Raises: UserError (exit code 3) if there is no such step or it is damaged; UserError with a table if it does not fit.
     """
     directory = Path(directory).absolute()
     steps = committed_steps(directory)
@@ -70,18 +97,75 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
         raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
-    path = directory / str(step)
+    try:
+        return _load(directory / str(step), abstract, part)
+    except Damage as damage:
+        remedy = f"it has steps {', '.join(map(str, steps))}; python -m jaxlm.checkpoint verify says which are sound"
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=3) from damage
+
+
+def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Arrays of the step in `path` by name. leaves: shape, dtype and sharding of each.
+
+    Hosts that hold copies of the same arrays each read them. Orbax can read once and broadcast, but adds zeros to do so: -0.0
+    comes out as 0.0, and the checksum differs (docs/experiments.md).
+    Raises: Damage if they cannot be read.
+    """
+    return _or_damage(path, lambda: ocp.load_checkpointables(str(path), {ITEM: dict(leaves)})[ITEM])
+
+
+def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
+    """Raises Damage if an array of `loaded` has not the bits that were saved."""
+    if wrong := changed(saved, loaded):
+        more = f" and {len(wrong) - 3} more arrays" if len(wrong) > 3 else ""
+        raise Damage(path, f"checksum differs from what was saved: {', '.join(wrong[:3])}{more}")
+
+
+def changed(saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> list[str]:
+    """Names of arrays of `loaded` that have not the bits that were saved."""
+    return [name for name, value in checksums(loaded).items() if saved[name].checksum not in (value, None)]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the step in `path`, its files all there. A step from before there were any gets one without checksums.
+
+    Raises: Damage.
+    """
+    found = manifest.read(path)
+    if found is not None:
+        manifest.check_files(path, found)
+        return found
+    kept = _or_damage(path, lambda: ocp.checkpointables_metadata(str(path)))
+    metadata = kept.custom_metadata or {}
+    if metadata.get(SEALED):
+        raise Damage(path / manifest.FILE, "missing")
+    log.warning("%s was saved without checksums: what is loaded is not verified", path)
+    leaves = {name: Leaf(str(leaf.dtype), tuple(leaf.shape), None) for name, leaf in kept.metadata[ITEM].items()}
+    return Manifest(int(path.name), path.stat().st_mtime, leaves, metadata, {})
+
+
+def _load(path: Path, abstract: Any, part: str) -> Restored:
     wanted = name_leaves(abstract, part=part)
     # The loop runs under transfer_guard("disallow"); reading a checkpoint is a transfer that is meant.
-    with _reading(), jax.transfer_guard("allow"):
-        found = ocp.checkpointables_metadata(str(path))
-        check_fits(path, saved=found.metadata[ITEM], wanted=wanted, part=part)
-        loaded = ocp.load_checkpointables(str(path), {ITEM: wanted})[ITEM]
-    state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
-    return Restored(step, state, cast(dict[str, Any], found.custom_metadata or {}))
+    with jax.transfer_guard("allow"):
+        found = read_manifest(path)
+        stored = {name: _as_exported(leaf, found.leaves.get(name)) if part else leaf for name, leaf in wanted.items()}
+        check_fits(path, saved=found.leaves, wanted=stored, part=part)
+        loaded = read_leaves(path, stored)
+        check_sums(path, found.leaves, loaded)
+        leaves = [loaded[name].astype(leaf.dtype) for name, leaf in wanted.items()]
+    return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
 
 
-def check_fits(path: Path, *, saved: dict[str, Any], wanted: dict[str, Any], part: str) -> None:
+def _as_exported(wanted: Any, saved: Any) -> Any:
+    """`wanted`, in the dtype it was saved in if that is a float that widens to the one asked for without loss."""
+    if saved is None or not all(jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.floating) for leaf in (saved, wanted)):
+        return wanted
+    widens = jnp.promote_types(saved.dtype, wanted.dtype) == wanted.dtype
+    return jax.ShapeDtypeStruct(wanted.shape, jnp.dtype(saved.dtype), sharding=wanted.sharding) if widens else wanted
+
+
+def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any], part: str) -> None:
     """Raises UserError with one row for each leaf that differs between what is `saved` and what is `wanted`.
 
     Orbax itself casts another dtype without a word and reports another shape leaf by leaf.
@@ -93,17 +177,40 @@ def check_fits(path: Path, *, saved: dict[str, Any], wanted: dict[str, Any], par
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
         return
-    shown = [("path", "saved", "now"), *rows[:TABLE_ROWS]]
-    widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
-    table = [f"    {name:<{widths[0]}}  {was:<{widths[1]}}  {now}" for name, was, now in shown]
+    table = columns([("path", "saved", "now"), *rows[:TABLE_ROWS]])
     if len(rows) > TABLE_ROWS:
-        table.append(f"    ... and {len(rows) - TABLE_ROWS} more")
-    rule = "\n".join([f"does not fit the model and optimizer of this run: {len(rows)} arrays differ", *table])
-    raise UserError(Problem(str(path), rule, "restore with the settings it was saved with, or use a new --workdir"))
+        table.append(f"... and {len(rows) - TABLE_ROWS} more")
+    head = f"does not fit the model and optimizer of this run: {len(rows)} arrays differ"
+    remedy = "restore with the settings it was saved with, or use a new --workdir"
+    raise UserError(Problem(str(path), "\n    ".join([head, *table]), remedy))
+
+
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines with the cells of `rows` under one another."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _describe(leaf: Any) -> str:
     return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in the first place, for a line of a log."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:400]}"
+
+
+def _or_damage(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        with _reading():
+            return read()
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # out of memory: no word against the files
+    except Exception as error:
+        raise Damage(path, first_line(error)) from error
 
 
 def _reading() -> ocp.Context:

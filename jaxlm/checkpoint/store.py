@@ -1,4 +1,4 @@
-"""The writer of a run's checkpoints: saves in the background, says what is committed, keeps the newest."""
+"""The writer of a run's checkpoints: saves in the background, says what is committed, keeps what retention asks for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,15 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm.checkpoint.layout import (
-    ITEM,
-    clear_the_way,
-    committed_steps,
-    name_leaves,
-    prune,
-    remove_leftovers,
-    remove_temporary,
-)
+from jaxlm.checkpoint import layout, manifest
+from jaxlm.checkpoint.checksum import checksums
+from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
+from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.checkpoint.restore import Restored, restore_latest, restore_params
+from jaxlm.checkpoint.restore import SEALED, Restored, first_line, restore_latest_good
+from jaxlm.checkpoint.retention import Retention, superseded
+from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
@@ -32,17 +31,22 @@ log = logging.getLogger("jaxlm.checkpoint")
 # Small chunks make a load onto another mesh 2 to 6 times slower (docs/FAULTS.md); whole shards below this stay whole.
 CHUNK_BYTES = 32 * 2**20
 
+DEFAULT = Retention()
+
 
 @dataclass(frozen=True)
 class SaveOutcome:
     """How a save ended: committed and restorable where `error` is None, else not there at all, and why.
 
-    duration_s: from the call of `save` to the commit or failure.
+    duration_s: from the call of `save` to the commit or failure, of which `blocked_s` in `save`.
+    failures: saves in a row that failed, this one included; 0 if it did not.
     """
 
     step: int
     error: str | None
     duration_s: float
+    blocked_s: float
+    failures: int
 
 
 class CheckpointStore:
@@ -52,72 +56,104 @@ class CheckpointStore:
     committed is restorable, and what else is there is removed at the next start. Nothing here ends a run: a save that
     fails is an outcome with its error, and the next one tries again.
 
-        with CheckpointStore(workdir / "checkpoints", keep=3) as store:
-            restored = store.restore_latest(abstract_state)
+        with CheckpointStore(workdir / "checkpoints") as store:
+            restored = store.restore_latest_good(abstract_state)
             ...
-            store.save(step, state, metadata={"tokens": tokens})
+            store.save(step, state, metadata={"metrics": {"eval_loss": loss}})
             for outcome in store.poll():
                 print(f"committed step {outcome.step}")
 
     Args:
       directory: made if it is missing. Leftovers of killed saves in it are removed.
-      keep: newest committed steps to keep, >= 1; older ones are deleted after each commit.
+      retention: which committed steps stay; the others are deleted after each commit.
+      lock: of the run, asked before each commit: once another run has taken over, nothing is committed.
 
     Raises: UserError if the directory cannot be made or listed.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int):
-        assert keep >= 1, keep
+    def __init__(self, directory: str | Path, *, retention: Retention = DEFAULT, lock: RunLock | None = None):
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._retention, self._lock = retention, lock
         self._closed = False
+        self._failures = 0
         self._in_flight: Future[None] | None = None
         self._outcomes: deque[SaveOutcome] = deque()  # appended by the background thread, taken by poll
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._passed_over: dict[int, Damage] = {}  # later than the restored step
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
-                remove_leftovers(self.directory)
+                layout.remove_leftovers(self.directory)
             self._committed_step = max(committed_steps(self.directory), default=None)
         except OSError as error:
             problem = Problem(f"checkpoints in {self.directory}", str(error), "use another --workdir, or mend this one")
             raise UserError(problem) from error
 
+    def restore_latest_good(self, abstract_state: Any) -> Restored | None:
+        """See `restore.restore_latest_good`. Damaged later steps make way, to abandoned/, when the next save begins: until
+        then nothing has happened, and a disk that only stuttered loses nothing."""
+        restored = restore_latest_good(self.directory, abstract_state)
+        if restored is not None and restored.passed_over:
+            self._passed_over, self._committed_step = restored.passed_over, restored.step
+        return restored
+
+    def warm_up(self, state: Any) -> None:
+        """Does in the background what only a first save would wait for: compiling the checksums, pinning host memory.
+
+        `wait` ends it; until then `state` must not be donated.
+        """
+        named = name_leaves(state)
+
+        def rehearse() -> None:
+            try:
+                checksums(named)
+                stage(named)
+            except jax.errors.JaxRuntimeError as error:
+                log.warning("the state does not fit where saves copy it: %s", first_line(error))
+
+        self._in_flight = self._background.submit(rehearse)
+
     def save(self, step: int, state: Any, *, metadata: dict[str, Any] | None = None) -> bool:
-        """Starts saving `state` as `step`. Returns once its values are copied to the host: it may be donated then.
+        """Starts saving `state` as `step`. Returns once its values are in the host's memory: it may be donated then.
 
         A save that is still in flight is waited for first. Saving the newest committed step once more does nothing.
 
         Args:
           state: a tree of jax.Arrays.
-          metadata: JSON kept beside the state, returned by a restore.
+          metadata: JSON kept beside the state, returned by a restore. `metrics` in it are the step's; retention goes by
+            their `eval_loss`.
 
         Returns: True if a save was started.
-        Raises: UserError if a later step is committed already: a restore would take that one. UserError if another
-          run has committed `step` in this directory meanwhile.
+        Raises: UserError (exit code 3) if another run has taken over. UserError if a later step is committed already: a
+          restore would take that one; or if another run has committed `step` in this directory meanwhile.
         """
         assert not self._closed, "save after close"
+        start = time.monotonic()
         note = json.loads(json.dumps(metadata or {}))
         named = name_leaves(state)
         for name, leaf in named.items():
             assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         self.wait()
+        if self._lock is not None:
+            self._lock.check()
         if self._committed_step is not None and step <= self._committed_step:
             self._refuse_earlier(step)
             return False
-        start = time.monotonic()
-        try:
-            if jax.process_index() == 0:
-                clear_the_way(self.directory, step)
-            # The loop runs under transfer_guard("disallow"); this copy to the host is meant.
-            with _writing(), jax.transfer_guard("allow"):
-                response = ocp.save_checkpointables_async(
-                    str(self.directory / str(step)), {ITEM: named}, custom_metadata=note
-                )
-        except OSError as error:
-            self._failed(step, error, start)
-            return False
-        self._in_flight = self._background.submit(self._finish, step, response, start)
+        # The loop runs under transfer_guard("disallow"); this copy to the host is meant.
+        with jax.transfer_guard("allow"):
+            try:
+                self._make_way(step)
+                sums = checksums(named)
+                staged = stage(named)
+                leaves = {name: Leaf(str(x.dtype), x.shape, sums[name]) for name, x in named.items()}
+                # Orbax's start holds collectives where there are several processes: not in a thread beside a step's
+                response = self._begin(step, staged) if jax.process_count() > 1 else None
+            except (OSError, jax.errors.JaxRuntimeError) as error:
+                self._failed(step, error, start, time.monotonic() - start)
+                return False
+        seal = lambda path: manifest.seal(path, step=step, leaves=leaves, metadata=note)  # noqa: E731
+        blocked_s = time.monotonic() - start
+        self._in_flight = self._background.submit(self._finish, step, staged, response, seal, start, blocked_s)
         return True
 
     def poll(self) -> list[SaveOutcome]:
@@ -146,14 +182,6 @@ class CheckpointStore:
         """Committed steps on disk, ascending."""
         return committed_steps(self.directory)
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
-        """See `restore.restore_latest`."""
-        return restore_latest(self.directory, abstract_state)
-
-    def restore_params(self, abstract_params: Any, *, step: int | None = None) -> Restored:
-        """See `restore.restore_params`."""
-        return restore_params(self.directory, abstract_params, step=step)
-
     def __enter__(self) -> CheckpointStore:
         return self
 
@@ -162,34 +190,65 @@ class CheckpointStore:
             if outcome.error is not None:
                 log.error("checkpoint of step %d was not saved: %s", outcome.step, outcome.error)
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None], start: float) -> None:
-        """In the background: waits for the commit, records how it ended, deletes what is too old."""
-        try:
-            response.result()
-        except Exception as error:  # whatever ended it, the run goes on and the next save may succeed
-            self._failed(step, error, start)
-            return
-        self._committed_step = step
-        self._outcomes.append(SaveOutcome(step, None, time.monotonic() - start))
-        if jax.process_index() == 0:
-            prune(self.directory, keep=self._keep)
+    def _begin(self, step: int, staged: dict[str, jax.Array]) -> ocp.AsyncResponse[None]:
+        path = layout.writing_path(self.directory, step)
+        with _writing():
+            return ocp.save_checkpointables_async(str(path), {ITEM: staged}, custom_metadata={SEALED: True})
 
-    def _failed(self, step: int, error: Exception, start: float) -> None:
+    def _finish(
+        self, step: int, staged: dict, response: Any, seal: Callable[[Path], None], start: float, blocked_s: float
+    ) -> None:
+        """In the background: writes, commits, records how it ended, deletes what is superseded."""
+        try:
+            (response or self._begin(step, staged)).result()
+            if jax.process_index() == 0:
+                seal(layout.writing_path(self.directory, step))
+                if self._lock is not None:
+                    self._lock.check()
+                layout.commit(self.directory, step)
+        except Exception as error:  # whatever ended it, the run goes on and the next save may succeed
+            self._failed(step, error, start, blocked_s)
+            return
+        self._committed_step, self._failures = step, 0
+        self._outcomes.append(SaveOutcome(step, None, time.monotonic() - start, blocked_s, 0))
         if jax.process_index() == 0:
-            remove_temporary(self.directory, step)
-        self._outcomes.append(SaveOutcome(step, f"{type(error).__name__}: {error}", time.monotonic() - start))
+            layout.remove(self.directory, superseded(self.directory, self._retention))
+
+    def _failed(self, step: int, error: Exception, start: float, blocked_s: float) -> None:
+        if jax.process_index() == 0 and not (self._lock and self._lock.lost):  # else it is the other run's by now
+            layout.remove_writing(self.directory, step)
+        self._failures += 1
+        self._outcomes.append(SaveOutcome(step, first_line(error), time.monotonic() - start, blocked_s, self._failures))
+
+    def _make_way(self, step: int) -> None:
+        """Moves aside what stands where steps from here on will go: damaged ones passed over, and what is none."""
+        if jax.process_index() != 0:
+            return
+        for later, damage in self._passed_over.items():
+            reason = f"{damage}; the run went on from step {self._committed_step}"
+            layout.abandon(self.directory, [self.directory / str(later)], reason)
+        self._passed_over = {}
+        entry = self.directory / str(step)
+        if entry.exists() and layout.is_committed(entry):
+            remedy = "give each a --workdir"
+            raise UserError(Problem(str(entry), "was saved by another run while this one trains", remedy))
+        if entry.exists():
+            layout.abandon(self.directory, [entry], "no checkpoint, and stood in the way of one")
 
     def _refuse_earlier(self, step: int) -> None:
         if step == self._committed_step:
             return
         rule = f"step {step} would be saved behind step {self._committed_step}, and a restart would not find it"
-        remedy = "move the later steps elsewhere before training on from an earlier one"
+        remedy = "python -m jaxlm.checkpoint rewind moves later steps out of the way"
         raise UserError(Problem(f"checkpoints in {self.directory}", rule, remedy))
 
 
 def _writing() -> ocp.Context:
     silence_details()
     context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.enable_write_sharding_file = False  # a checkpoint knows nothing of the mesh
+    saving = context.array.saving
+    saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    saving.enable_write_sharding_file = False  # a checkpoint knows nothing of the mesh
+    saving.use_compression = False  # 8 % of trained float32 weights, for twice the time of a commit
+    saving.use_replica_parallel = False  # each part is staged once
     return context

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.checkpoint import restore as restore_module
 from jaxlm.checkpoint.layout import name_leaves
-from jaxlm.checkpoint.restore import restore, restore_latest, restore_params
+from jaxlm.checkpoint.restore import restore, restore_latest_good, restore_params
+from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
 
@@ -44,7 +45,7 @@ def train_state() -> State:
 
 
 def save(directory, step, state, **more):
-    with CheckpointStore(directory, keep=9) as store:
+    with CheckpointStore(directory, retention=Retention(9)) as store:
         store.save(step, state, **more)
         assert [outcome.error for outcome in store.close()] == [None]
 
@@ -56,7 +57,7 @@ def place(state, sharding_of):
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     state = train_state()
     save(tmp_path, 7, state, metadata={"tokens": 12})
-    restored = restore_latest(tmp_path, abstract(state))
+    restored = restore_latest_good(tmp_path, abstract(state))
     assert restored.step == 7 and restored.metadata == {"tokens": 12}
     assert same(restored.state, state)
 
@@ -70,7 +71,7 @@ def test_a_state_saved_on_one_mesh_loads_onto_another(tmp_path):
     crossed = lambda x: NamedSharding(two, P("model", "data") if x.shape == (8, 16) else P())  # noqa: E731
     save(tmp_path, 1, jax.device_put(state, jax.tree.map(spread, state)))
     for sharding_of in (crossed, spread, lambda x: SingleDeviceSharding(devices[3])):
-        restored = restore_latest(tmp_path, place(state, sharding_of)).state
+        restored = restore_latest_good(tmp_path, place(state, sharding_of)).state
         assert same(restored, state)
         assert all(leaf.sharding == sharding_of(leaf) for leaf in jax.tree.leaves(restored))
 
@@ -78,7 +79,7 @@ def test_a_state_saved_on_one_mesh_loads_onto_another(tmp_path):
 def test_a_state_may_change_its_containers_but_not_its_names(tmp_path):
     save(tmp_path, 1, {"layers": {0: jnp.ones(2), 1: jnp.zeros(3)}, "step": jnp.int32(4)})
     listed = {"layers": [jnp.ones(2), jnp.zeros(3)], "step": jnp.int32(4)}
-    assert same(restore_latest(tmp_path, abstract(listed)).state, listed)
+    assert same(restore_latest_good(tmp_path, abstract(listed)).state, listed)
     with pytest.raises(ValueError, match="one name"):
         name_leaves({"a.b": 1, "a": {"b": 2}})
 
@@ -103,7 +104,7 @@ def test_parameters_load_without_the_optimizer_state(tmp_path, monkeypatch):
 def test_a_missing_step_says_which_there_are(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint") as error:
         restore_params(tmp_path / "nowhere", abstract(small(0)["params"]))
-    assert error.value.exit_code == 3 and restore_latest(tmp_path / "nowhere", abstract(small(0))) is None
+    assert error.value.exit_code == 3 and restore_latest_good(tmp_path / "nowhere", abstract(small(0))) is None
     save(tmp_path, 3, small(3))
     save(tmp_path, 12, small(12))
     with pytest.raises(UserError, match="no checkpoint of step 7\n  it has steps 3, 12") as error:
@@ -117,7 +118,7 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path, caplog):
         (tmp_path / name).mkdir()
     (tmp_path / "11" / "state").mkdir(parents=True)
     (tmp_path / "8").write_text("")
-    restored = restore_latest(tmp_path, abstract(small(0)))
+    restored = restore_latest_good(tmp_path, abstract(small(0)))
     assert restored.step == 5 and same(restored.state, small(5))
     skipped = [str(tmp_path / name) for name in ("11", "7", "8")]
     assert [record.getMessage() for record in caplog.records] == [f"no checkpoints, skipped: {', '.join(skipped)}"]
@@ -126,7 +127,7 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path, caplog):
 def test_the_newest_is_the_largest_number_not_the_last_word(tmp_path):
     for step in (9, 10, 100):
         save(tmp_path, step, small(step))
-    assert restore_latest(tmp_path, abstract(small(0))).step == 100
+    assert restore_latest_good(tmp_path, abstract(small(0))).step == 100
 
 
 def test_every_difference_is_a_row_and_nothing_is_loaded(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_every_difference_is_a_row_and_nothing_is_loaded(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(restore_module.ocp, "load_checkpointables", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError) as error:
-        restore_latest(tmp_path, abstract(wanted))
+        restore_latest_good(tmp_path, abstract(wanted))
     assert str(error.value) == (
         f"{tmp_path}/5\n"
         "  does not fit the model and optimizer of this run: 4 arrays differ\n"
@@ -158,7 +159,7 @@ def test_every_difference_is_a_row_and_nothing_is_loaded(tmp_path, monkeypatch):
 def test_a_long_table_is_cut_and_counted(tmp_path):
     save(tmp_path, 5, {i: jnp.ones(2) for i in range(30)})
     with pytest.raises(UserError, match=r"30 arrays differ(.|\n)*\.\.\. and 10 more"):
-        restore_latest(tmp_path, abstract({i: jnp.ones(3) for i in range(30)}))
+        restore_latest_good(tmp_path, abstract({i: jnp.ones(3) for i in range(30)}))
 
 
 def test_parameters_that_differ_are_a_table_too(tmp_path):
@@ -172,6 +173,6 @@ def test_reading_changes_nothing_on_disk(tmp_path):
     save(tmp_path, 5, small(5))
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # a trainer may be saving right now
     before = sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    restore_latest(tmp_path, abstract(small(0)))
+    restore_latest_good(tmp_path, abstract(small(0)))
     restore_params(tmp_path, abstract(small(0)["params"]))
     assert sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before

@@ -1,0 +1,169 @@
+"""Checkpoints looked at without the run that wrote them: verified, compared, exported, in bounded memory.
+
+Arrays are read by the names, shapes and dtypes that a step's manifest has, a gigabyte at a time, onto one device.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.layout import is_committed
+from jaxlm.checkpoint.manifest import Damage, Leaf
+from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
+from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.config import Problem, UserError
+
+log = logging.getLogger("jaxlm.checkpoint")
+
+BATCH_BYTES = 2**30
+BLOCK = 2**24  # elements compared at a time
+PARAMS = "params."
+
+Advance = Callable[[int], Any]  # told the bytes read so far, piece by piece
+
+
+def size_bytes(leaves: Mapping[str, Leaf]) -> int:
+    return sum(_bytes(leaf) for leaf in leaves.values())
+
+
+def verify(path: Path, advance: Advance) -> list[Damage]:
+    """Everything that is wrong with the step in `path`; notes in it what was found and when, if it can be written.
+
+    Raises: Damage if a run deleted it meanwhile.
+    """
+    try:
+        saved = read_manifest(path).leaves
+    except Damage as damage:
+        return [damage]
+    found: list[Damage] = []
+    for batch in _batches(saved):
+        try:
+            wrong = changed(batch, _read(path, batch))
+            found += [Damage(path, f"checksum of {name} differs from what was saved") for name in wrong]
+        except Damage:
+            found.append(_unreadable(path, batch))
+        advance(size_bytes(batch))
+    if not is_committed(path):
+        raise Damage(path, "was deleted while it was read")
+    note = {"at": time.time(), "sound": not found}
+    try:
+        (path / manifest.VERIFIED).write_text(json.dumps(note))
+    except OSError as error:
+        log.warning("the result is not kept: %s", error)
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One array in two steps. largest, relative: of the absolute difference, and that over the first's largest value; None
+    where shapes or dtypes differ or one has no such array."""
+
+    name: str
+    one: str
+    other: str
+    largest: float | None
+    relative: float | None
+
+
+def differences(one: Path, other: Path, advance: Advance) -> list[Difference]:
+    """Arrays that differ between two steps, in the first's order. Equal checksums are equal arrays and are not read."""
+    a, b = read_manifest(one).leaves, read_manifest(other).leaves
+    found = []
+    for name in [*a, *(name for name in b if name not in a)]:
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None or str(x) != str(y):
+            found.append(Difference(name, str(x or "-"), str(y or "-"), None, None))
+        elif x != y or x.checksum is None:
+            first, second = (np.asarray(_read(path, {name: leaf})[name]) for path, leaf in ((one, x), (other, y)))
+            largest, scale = _largest(first, second)
+            if largest != 0:
+                found.append(Difference(name, str(x), str(y), largest, largest / scale if scale else math.inf))
+        advance(_bytes(x or y))
+    return found
+
+
+def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Advance) -> Path:
+    """Writes the parameters alone of the step in `path` of the run in `workdir`, floats in `dtype`, as the run `output`.
+
+    Evaluation and generation read it as they read any run; training does not go on from it. The host holds what is written.
+    Raises: Damage of the step; UserError (exit code 3) if the export can't be written.
+    """
+    source = read_manifest(path)
+    cast: dict[str, jax.Array] = {}
+    for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
+        loaded = _read(path, batch)
+        check_sums(path, batch, loaded)
+        floating = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in loaded.items()}
+        cast |= {name: x.astype(dtype) if floating[name] else x for name, x in loaded.items()}
+        advance(size_bytes(batch))
+    with CheckpointStore(output / "checkpoints") as store:
+        metadata = source.metadata | {"export": {"dtype": dtype, "from": str(path)}}
+        store.save(source.step, cast, metadata=metadata)
+        outcomes = store.close()
+    if any(outcome.error for outcome in outcomes) or store.committed_step != source.step:
+        reason = next((outcome.error for outcome in outcomes if outcome.error), "it holds another step")
+        raise UserError(
+            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"), exit_code=3
+        )
+    for name in ("config.json", "data/chars.json"):  # the run's settings, and a tokenizer that it made for itself
+        if (workdir / name).is_file():
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copy(workdir / name, output / name)
+    return output / "checkpoints" / str(source.step)
+
+
+def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:
+    """`leaves` in order, as many at a time as fit into BATCH_BYTES, one at least."""
+    batch: dict[str, Leaf] = {}
+    for name, leaf in leaves.items():
+        if batch and size_bytes(batch) + _bytes(leaf) > BATCH_BYTES:
+            yield batch
+            batch = {}
+        batch[name] = leaf
+    if batch:
+        yield batch
+
+
+def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here) for name, x in leaves.items()}
+    return read_leaves(path, like)
+
+
+def _unreadable(path: Path, batch: Mapping[str, Leaf]) -> Damage:
+    """Which arrays of `batch`, read one by one, are to blame."""
+    bad: dict[str, str] = {}
+    for name, leaf in batch.items():
+        try:
+            bad |= dict.fromkeys(changed(batch, _read(path, {name: leaf})), "checksum differs from what was saved")
+        except Damage as damage:
+            bad[name] = damage.reason
+    names, more = ", ".join([*bad][:3]), f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return Damage(path, f"{names}{more} can't be read: {next(iter(bad.values()), 'but each alone can')}")
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute value of `a`); nan if one is."""
+    largest, scale = [0.0], [0.0]
+    for i in range(0, a.size, BLOCK):
+        x, y = (array.ravel()[i : i + BLOCK].astype(np.float64) for array in (a, b))
+        largest.append(np.abs(x - y).max())
+        scale.append(np.abs(x).max())
+    return float(np.max(largest)), float(np.max(scale))
+
+
+def _bytes(leaf: Leaf | None) -> int:
+    return 0 if leaf is None else math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
