@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,15 @@ class Compiled:
     collectives: list[Collective]
 
 
-def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
+def build(
+    program: Program,
+    state: TrainState,
+    loader: Loader,
+    *,
+    during: Callable[[], AbstractContextManager] = nullcontext,
+) -> Compiled:
     """Compiles before the first step what the first and the last one need, and the evaluation: a run whose batches keep
-    their shape compiles nothing in its middle, and none runs out of memory there."""
+    their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
     begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
     first, last = (put_batch(program, loader.batch(step)) for step in (0, train.num_steps - 1))
     shapes = {batch.tokens.shape: batch for batch in (first, last)}
@@ -45,7 +52,8 @@ def build(program: Program, state: TrainState, loader: Loader) -> Compiled:
         """A step; where batches grow or their rows lengthen, the first of a shape compiles it."""
         shape = batch.tokens.shape
         if shape not in steps:
-            steps[shape] = jitted.lower(state, batch).compile()
+            with during():
+                steps[shape] = jitted.lower(state, batch).compile()
         return steps[shape](state, batch)
 
     return Compiled(by_shape, evaluate, time.monotonic() - begin, max(known, default=None), found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import subprocess
 from pathlib import Path
@@ -61,6 +62,13 @@ def versions() -> dict[str, str]:
             revision = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
             found["jaxlm"] += f" {revision}"
     return found
+
+
+def provenance(config: Config, facts: dict) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
+    devices = f"{facts['devices']} x {facts['device_kind']}"
+    kept = {key: facts[key] for key in ("mesh", "versions", "data")}
+    return kept | {"config": dataclasses.asdict(config), "devices": devices}
 
 
 def header(

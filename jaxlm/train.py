@@ -7,13 +7,13 @@ four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Config, Problem, UserError
+from jaxlm.config import Problem, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
 from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
-from jaxlm.header import LAYOUT_FILE, describe, header, layout_text
+from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
 from jaxlm.metrics.meter import StepMeter
@@ -118,7 +118,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             return 0
         ledger.enter("compile")
         store.warm_up(as_saved(program, state))
-        compiled = build(program, state, loader)
+        compiled = build(program, state, loader, during=partial(ledger.during, "compile"))
         store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
@@ -131,7 +131,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
             progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,
-            made_with=made_with(config, facts),
+            made_with=provenance(config, facts),
         )  # fmt: skip
         try:
             state, code = loop.run(state, start)
@@ -156,13 +156,6 @@ def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None])
     return (
         resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
     )
-
-
-def made_with(config: Config, facts: dict) -> dict[str, Any]:
-    """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
-    devices = f"{facts['devices']} x {facts['device_kind']}"
-    kept = {key: facts[key] for key in ("mesh", "versions", "data")}
-    return kept | {"config": dataclasses.asdict(config), "devices": devices}
 
 
 def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,16 @@ class Ledger:
         self._on_enter(phase)
         if now - self._written_s > EVERY_S or phase == "save":  # a save ends a line: what a resume keeps is whole lines
             self._write()
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """`phase` inside another one, which goes on afterwards."""
+        around = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(around)
 
     def flush(self) -> None:
         """Writes down all that was spent until now."""

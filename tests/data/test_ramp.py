@@ -10,10 +10,10 @@ from jaxlm.data.ramp import Ramp, in_force
 
 def megatron_sizes(final: int, start: int, increment: int, samples: int, steps: int) -> list[int]:
     """Batch sizes step by step, from the samples consumed before each, as Megatron counts."""
-    per_increment = samples / ((final - start) // increment)
+    num = (final - start) // increment
     sizes, consumed = [], 0
-    for _ in range(steps):
-        size = final if consumed > samples or per_increment == 0 else start + int(consumed / per_increment) * increment
+    for _ in range(steps):  # in whole numbers: Megatron divides in floating point, which is one size late now and then
+        size = final if consumed > samples or samples == 0 else start + consumed * num // samples * increment
         sizes.append(min(size, final))
         consumed += sizes[-1]
     return sizes
