@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import jaxlm
+from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table

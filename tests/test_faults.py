@@ -84,8 +84,8 @@ from jaxlm.settings import run_main
 
 build = train.build
 
-def broken(*args):
-    compiled, calls = build(*args), []
+def broken(*args, **more):
+    compiled, calls = build(*args, **more), []
     def step(state, batch):
         calls.append(None)
         state, metrics = compiled.step(state, batch)

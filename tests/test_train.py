@@ -218,8 +218,8 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(folder, monkeyp
     order = []
     get, build = jax.device_get, train.build
 
-    def recording_build(*args):
-        compiled = build(*args)
+    def recording_build(*args, **more):
+        compiled = build(*args, **more)
 
         def step(state, batch):
             order.append("dispatch")
