@@ -3,8 +3,8 @@
   python scripts/check_resume.py --config configs/gpt2.py:124m [--config.train.deterministic=true] [--steps 20]
 
 Three real processes: an unbroken run of --steps steps; one that gets SIGTERM in its middle step; the same command again, which
-resumes it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s,
-and exits 1 if a bit differs.
+resumes it. Compares every loss as float hex and every array of the last checkpoints, prints one JSON object with tokens/s
+and the share of a step that waited for data, and exits 1 if a bit differs.
 """
 
 from __future__ import annotations
@@ -50,12 +50,16 @@ def main(argv: Sequence[str]) -> int:
             [float(r["loss"]).hex() for r in read_metrics(workdir) if "loss" in r] for workdir in (whole, stopped)
         ]
         arrays = [leaves(workdir) for workdir in (whole, stopped)]
-        rates = [r["tokens_per_s"] for r in read_metrics(whole) if "loss" in r]
+        steps = [r for r in read_metrics(whole) if "loss" in r][args.steps // 2 :]
     differ = [i + 1 for i, (a, b) in enumerate(zip(*losses, strict=True)) if a != b]
     bad = sum(a.tobytes() != b.tobytes() for a, b in zip(*arrays, strict=True))
     found = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, steps=args.steps, leaves=len(arrays[0]))
     found |= dict(losses_that_differ=len(differ), first=differ[:1], leaves_that_differ=bad)
-    print(json.dumps(found | dict(tokens_per_s=statistics.median(rates[args.steps // 2 :]))))
+    speed = dict(
+        tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
+        data_wait_frac=sum(r["data_wait_s"] for r in steps) / sum(r["step_time_s"] for r in steps),
+    )
+    print(json.dumps(found | speed))
     return 1 if differ or bad else 0
 
 

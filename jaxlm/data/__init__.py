@@ -13,6 +13,6 @@
     loader.py      step number -> batch, and the thread that works ahead
     corpus.py      a config's data section, opened
 
-May import `jaxlm.config` and `jaxlm.settings`, numpy, tokenizers, zstandard and tqdm (tiktoken and sentencepiece where a
-tokenizer is named after them); neither jax nor another room. Start reading at `corpus.py`, then `loader.py`, `samples.py`.
+May import `jaxlm.config` and `jaxlm.settings`, numpy, tokenizers, tiktoken, zstandard and tqdm (sentencepiece where a
+tokenizer is named after it); neither jax nor another room. Start reading at `corpus.py`, then `loader.py`, `samples.py`.
 """

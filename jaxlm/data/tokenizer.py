@@ -258,13 +258,11 @@ def _load_gpt2(spec: str, argument: str) -> Tokenizer:
 
 def _published_gpt2(vocab: str, merges: str) -> Any:
     """GPT-2's own files as an encoding of tiktoken, which gives the same ids four times as fast; None for other files,
-    whose merges need not be told by their results as tiktoken wants them, and without tiktoken."""
+    whose merges need not be told by their results as tiktoken wants them."""
     if any(hashlib.sha256(Path(path).read_bytes()).hexdigest() not in _GPT2_SHA256 for path in (vocab, merges)):
         return None
-    try:
-        import tiktoken
-    except ImportError:
-        return None
+    import tiktoken
+
     shown = [byte for byte in range(256) if byte in range(33, 127) or byte in range(161, 173) or byte >= 174]
     symbols = [*map(chr, shown), *map(chr, range(256, 512 - len(shown)))]  # how the file spells bytes
     spelled = dict(zip(symbols, [*shown, *sorted(set(range(256)) - set(shown))], strict=True))
@@ -301,7 +299,8 @@ def _load_hf(spec: str, argument: str) -> Tokenizer:
 
 
 def _load_tiktoken(spec: str, argument: str) -> Tokenizer:
-    tiktoken = _import_extra(spec, "tiktoken")
+    import tiktoken
+
     names = tiktoken.list_encoding_names()
     if argument not in names:
         near = difflib.get_close_matches(argument, names, n=3, cutoff=0.4) or names
