@@ -56,7 +56,8 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    choose_attention(config.model, layout.platform, documents=config.data.separates)
+    attention = choose_attention(config.model, layout.platform, documents=config.data.separates)
+    refuse_nondeterministic(config, attention.kernel.name)
     for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
         choose_context(layout, config.model, length)
         layout.check_divides("a row", (length,), ("residual",))
@@ -126,6 +127,15 @@ def use_device_settings(config: Config) -> None:
             problem = Problem(f"train.compilation_cache={folder}", f"can't be made: {e}", "choose a folder of yours")
             raise UserError(problem) from e
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def refuse_nondeterministic(config: Config, kernel: str) -> None:
+    """Raises UserError where train.deterministic is asked of an attention `kernel` that can not keep it."""
+    if config.train.deterministic and kernel == "cudnn":
+        rule = "XLA loses cuDNN's attention when it is to be deterministic (openxla/xla, pull request 46500)"
+        raise UserError(
+            Problem("train.deterministic=True", rule, "set model.attention=xla, or train.deterministic=False")
+        )
 
 
 def check_accelerator() -> None:

@@ -13,6 +13,7 @@ from jaxlm.config import UserError
 from jaxlm.models import kernels
 from jaxlm.models.kernels import ATTENTION, choose_attention
 from jaxlm.parallel.context import attend
+from jaxlm.session import refuse_nondeterministic
 
 CUDNN, XLA = (next(kernel for kernel in ATTENTION if kernel.name == name) for name in ("cudnn", "xla"))
 FORWARD, BACKWARD = (jax.jit(local, static_argnames="causal") for local in (XLA.forward, XLA.backward))
@@ -127,3 +128,10 @@ def test_cudnn_says_why_it_does_not_serve():
         choose_attention(
             tiny.replace(tiny.config(dtype="bfloat16", embed_dim=48, attention="cudnn")).model, "gpu", documents=True
         )
+
+
+def test_a_kernel_that_can_not_repeat_its_bits_is_refused_where_they_are_asked_for():
+    for deterministic, kernel in ((True, "xla"), (False, "cudnn")):
+        refuse_nondeterministic(tiny.config(train=dict(deterministic=deterministic)), kernel)
+    with pytest.raises(UserError, match="set model.attention=xla"):
+        refuse_nondeterministic(tiny.config(train=dict(deterministic=True)), "cudnn")
