@@ -25,7 +25,10 @@ SHAPE = (
     *(f"model.{key}" for key in ("use_bias", "tie_embeddings")), "optim.name",
 )  # fmt: skip
 DATA = (
-    *(f"data.{key}" for key in ("path", "train", "tokenizer", "text_key", "split", "mask_eod_loss", "skip_steps")),
+    *(
+        f"data.{key}"
+        for key in ("path", "train", "eval", "tokenizer", "text_key", "split", "mask_eod_loss", "skip_steps")
+    ),
     *(
         f"data.{key}"
         for key in ("order", "packing", "reset_at_eod", "seq_lens", "fim_rate", "fim_spm_rate", "fim_tokens")
@@ -77,7 +80,10 @@ def _matters(key: str, before: Config, now: Config, step: int) -> bool:
     if key == "train.num_steps":  # the horizon of the schedules that end there, and what Megatron shuffles as one
         return now.optim.schedule in ("cosine", "linear", "wsd") or now.data.order == "megatron"
     if key == "data.train":  # weights may change, and sets join, from a later step on
-        return not same_weights(before.data.train, now.data.train, steps=step)
+        last = batch_of(step - 1, skipped_batches(now.data.skip_steps)) if step else -1
+        return not same_weights(before.data.train, now.data.train, steps=last + 1)
+    if key == "data.eval":  # with sets of its own for evaluation, a run trains on all of the others
+        return bool(before.data.eval) != bool(now.data.eval)
     if key == "data.skip_steps":  # batches that are still to come may be left out
         old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
         return any(batch_of(i, old) != batch_of(i, new) for i in range(step))

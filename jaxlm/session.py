@@ -89,7 +89,7 @@ def open_tool_program(config: Config, *, plain: bool) -> Program:
     """
     if not (plain and config.mesh.pipeline != 1) and _fits(config.mesh):
         return open_program(config)
-    rows, width = config.train.batch_size // config.train.accumulate, config.model.embed_dim
+    rows, width = config.train.batch_unit // config.train.accumulate, config.model.embed_dim
     count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
     return open_program(config, jax.devices()[:count])
@@ -172,7 +172,7 @@ class Evaluation:
 def evaluate_batches(eval_fn: Callable, params: object, batches: Iterable[Batch]) -> Evaluation:
     """The mean over `batches` on devices; the device is read once, at the end."""
     sums = [eval_fn(params, batch) for batch in batches]
-    nats, tokens = (float(np.asarray(jax.device_get(part), np.float64).sum()) for part in zip(*sums))
+    nats, tokens = (float(np.asarray(jax.device_get(part), np.float64).sum()) for part in zip((0, 0), *sums))
     return Evaluation(nats / max(tokens, 1), int(tokens))
 
 

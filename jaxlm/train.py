@@ -7,6 +7,7 @@ four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_a
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
 import sys
@@ -24,7 +25,7 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Config, Problem, TrainConfig, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch, prefetch
 from jaxlm.generate import write_sample
@@ -99,6 +100,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         )
         ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
         stack.enter_context(explained(lambda: ledger.where))
+        stop = stack.enter_context(StopSignals(progress.note))
         compare_with_last_start(config, workdir, progress.note)
         open_mesh(config)
         corpus = open_corpus(config, workdir, progress.note)
@@ -112,10 +114,13 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
         ledger.enter("restore")
         state, start = resume_or_begin(program, store, progress.note)
-        if start >= config.train.num_steps:
+        owed = owes_evaluation(config, workdir, start) and bool(held_out)
+        if start >= config.train.num_steps and not owed:
             progress.note(f"already at step {start}: raise train.num_steps to go on")
             note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
             return 0
+        if stop.exit_code is not None:
+            return stop.exit_code
         ledger.enter("compile")
         store.warm_up(as_saved(program, state))
         compiled = build(program, state, loader, during=partial(ledger.during, "compile"))
@@ -127,15 +132,15 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         log = stack.enter_context(
             MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=progress.note)
         )
-        stop = stack.enter_context(StopSignals(progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
             progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
         try:
-            state, code = loop.run(state, start)
+            state, code = loop.run(state, start, owed=owed)
         except UserError:
+            ledger.enter("end")
             log.flush()
             ledger.flush()
             note_report(workdir, progress.note)
@@ -156,6 +161,17 @@ def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None])
     return (
         resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
     )
+
+
+def is_evaluated(train: TrainConfig, step: int) -> bool:
+    """Whether an evaluation follows `step`."""
+    return step == train.num_steps or (train.eval_every > 0 and step % train.eval_every == 0)
+
+
+def owes_evaluation(config: Config, workdir: Path, step: int) -> bool:
+    """Whether the start before this one left after `step` without the evaluation that follows."""
+    done = any(record["step"] == step and "eval_loss" in record for record in read_metrics(workdir))
+    return step > 0 and is_evaluated(config.train, step) and not done
 
 
 def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
@@ -194,8 +210,11 @@ class Loop:
     _evaluated: tuple[int, Mapping[str, float]] = field(default=(0, {}), init=False)
     _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
 
-    def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+    def run(self, state: TrainState, start: int, *, owed: bool = False) -> tuple[TrainState, int]:
         """Steps start+1 .. train.num_steps. Returns the last state and the exit code.
+
+        owed: the evaluation of step `start` is still to be made. A run that is told to leave saves and leaves: an evaluation
+        may take longer than whoever told it will wait, so it is the next start that makes it.
 
         The metrics of a step are read after the next step is dispatched, so the device never waits for the host. When
         a step is due for more, the order is: its metrics, evaluation, save. A checkpoint of step k then implies that
@@ -209,23 +228,26 @@ class Loop:
             prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
             jax.transfer_guard("disallow"),
         ):
+            if owed:
+                self._evaluate(start, state)
             self.meter.start(time_s=time.monotonic())
-            last = self.stop.exit_code is not None
+            last = done == train.num_steps or self.stop.exit_code is not None
             while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch, wait_s = self._next(batches, done, state)
                 state, metrics = self._step(done + 1, state, batch)
                 done += 1
                 self._read_pending()
                 self._pending = (done, metrics, wait_s)
-                last = done == train.num_steps or self.stop.exit_code is not None
-                evaluates = done == train.num_steps or (train.eval_every > 0 and done % train.eval_every == 0)
-                saves = last or (save_every > 0 and done % save_every == 0)
-                if evaluates or saves:
+                evaluates = is_evaluated(train, done) and self.stop.exit_code is None
+                if evaluates:
                     self._read_pending()
-                    if evaluates:
-                        self._evaluate(done, state)
-                    if saves:
-                        self._save(done, state)
+                    self._evaluate(done, state)
+                last = done == train.num_steps or self.stop.exit_code is not None
+                saves = last or (save_every > 0 and done % save_every == 0)
+                if saves:
+                    self._read_pending()
+                    self._save(done, state)
+                if evaluates or saves:
                     self.ledger.enter("step", step=done)
                     self.meter.start(time_s=time.monotonic())
                 self._announce_commits()
@@ -298,8 +320,11 @@ class Loop:
         for name, held_out in self.held_out.items():
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
-            rows = (put_batch(self.program, held_out.batch(i)) for i in range(count))
+            unasked = itertools.takewhile(lambda _: self.stop.exit_code is None, range(count))
+            rows = (put_batch(self.program, held_out.batch(i)) for i in unasked)
             found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows)
+            if self.stop.exit_code is not None:
+                return
             of = f" of {name}" if name else ""
             self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
         if found:

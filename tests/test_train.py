@@ -403,3 +403,33 @@ def test_mistakes_are_three_lines(tool, argv, part):
     with pytest.raises(UserError, match=part) as caught:
         tool.main(argv)
     assert caught.value.exit_code == 2
+
+
+def test_a_run_told_to_leave_saves_before_it_evaluates_and_its_next_start_makes_that_up(folder, unbroken, monkeypatch):
+    order, evaluate_, save = [], train.Loop._evaluate, train.Loop._save
+    monkeypatch.setattr(
+        train.Loop, "_evaluate", lambda self, *a: (order.append(("evaluate", a[0])), evaluate_(self, *a))
+    )
+    monkeypatch.setattr(train.Loop, "_save", lambda self, *a: (order.append(("save", a[0])), save(self, *a)))
+    step = train.Loop._step
+
+    def stopping(self, number, state, batch):
+        if number == 6:  # an evaluation is due after it
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number, state, batch)
+
+    monkeypatch.setattr(train.Loop, "_step", stopping)
+    assert train.main(command(folder, "leaving", "--config.checkpoint.every_steps=0")) == 75 and order == [("save", 6)]
+    monkeypatch.setattr(train.Loop, "_step", step)
+    assert train.main(command(folder, "leaving", "--config.checkpoint.every_steps=0")) == 0
+    assert order[1] == ("evaluate", 6) and numbers(folder / "leaving") == numbers(unbroken)
+
+
+def test_training_on_what_was_held_out_is_refused(folder, unbroken):
+    prefix = str(unbroken / "data" / "corpus")
+    sets = [f"--config.data.train={prefix}", "--config.data.path=", "--config.data.tokenizer=bytes"]
+    few = ["--config.train.num_steps=3", "--config.log.sample_tokens=0", "--config.optim.schedule=constant"]
+    few += ["--config.optim.warmup_steps=0", "--config.train.eval_every=0"]
+    assert train.main(command(folder, "cut", *sets, *few)) == 0
+    with pytest.raises(UserError, match="data.eval"):
+        train.main(command(folder, "cut", *sets, *few, "--config.train.num_steps=6", f"--config.data.eval={prefix}"))

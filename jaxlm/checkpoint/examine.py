@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint import manifest
-from jaxlm.checkpoint.layout import is_committed
+from jaxlm.checkpoint.layout import committed_steps, is_committed
+from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
 from jaxlm.checkpoint.store import CheckpointStore
@@ -102,6 +103,10 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     Raises: Damage of the step; UserError (exit code 3) if the export can't be written.
     """
     source = read_manifest(path)
+    others = [step for step in committed_steps(output / "checkpoints") if not _is_export(output, step)]
+    if others:
+        rule = f"holds checkpoints of a run, which an export would replace: {', '.join(map(str, others))}"
+        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=3)
     cast: dict[str, jax.Array] = {}
     for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
         loaded = _read(path, batch)
@@ -109,7 +114,8 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
         floating = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in loaded.items()}
         cast |= {name: x.astype(dtype) if floating[name] else x for name, x in loaded.items()}
         advance(size_bytes(batch))
-    with CheckpointStore(output / "checkpoints") as store:
+    output.mkdir(parents=True, exist_ok=True)
+    with RunLock(output) as lock, CheckpointStore(output / "checkpoints", lock=lock) as store:
         metadata = source.metadata | {"export": {"dtype": dtype, "from": str(path)}}
         store.save(source.step, cast, metadata=metadata)
         outcomes = store.close()
@@ -123,6 +129,13 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copy(workdir / name, output / name)
     return output / "checkpoints" / str(source.step)
+
+
+def _is_export(output: Path, step: int) -> bool:
+    try:
+        return "export" in read_manifest(output / "checkpoints" / str(step)).metadata
+    except Damage:
+        return False
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:

@@ -12,6 +12,8 @@ nothing about the mesh, the sharding or the class of a node is kept, so none of 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import re
 import shutil
@@ -70,7 +72,10 @@ def writing_path(directory: Path, step: int) -> Path:
 def commit(directory: Path, step: int) -> None:
     """Gives the sealed step its name: from here on it is restorable."""
     writing_path(directory, step).rename(directory / str(step))
-    manifest.flush(directory)
+    try:
+        manifest.flush(directory)
+    except OSError as error:  # the step is there; whether its name outlives a loss of power is all that is not known
+        log.warning("%s: the name of step %d may not be on the disk yet: %s", directory, step, error)
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -101,11 +106,14 @@ def abandon(directory: Path, entries: Iterable[Path], reason: str) -> None:
     folder = directory / ABANDONED
     for entry in entries:
         folder.mkdir(exist_ok=True)
-        earlier = len(list(folder.glob(f"{entry.name}*")))
-        target = entry.rename(folder / (f"{entry.name}-{earlier}" if earlier else entry.name))
-        with open(folder / NOTES, "a") as notes:
-            notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
+        names = itertools.chain([entry.name], (f"{entry.name}-{n}" for n in itertools.count(1)))
+        target = entry.rename(next(folder / name for name in names if not (folder / name).exists()))
         log.warning("%s moved to %s: %s", entry, target, reason)
+        with (
+            contextlib.suppress(OSError),
+            open(folder / NOTES, "a") as notes,
+        ):  # a full disk keeps the move, not the note
+            notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
 
 
 def _step_entries(directory: Path) -> list[Path]:

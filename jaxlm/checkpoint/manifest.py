@@ -98,6 +98,16 @@ def read(path: Path) -> Manifest | None:
     return Manifest(content["step"], content["saved_at"], leaves, content["metadata"], files)
 
 
+def check_verified(path: Path) -> None:
+    """Raises Damage where the command that reads a step whole has found it damaged."""
+    try:
+        found = json.loads((path / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        return
+    if not found["sound"]:
+        raise Damage(path, "it was found damaged when it was verified")
+
+
 def check_files(path: Path, manifest: Manifest) -> None:
     """Raises Damage at the first file of the step that is missing, has another size or, if small, other bytes."""
     for name, expected in manifest.files.items():

@@ -49,6 +49,7 @@ def superseded(directory: Path, retention: Retention) -> list[int]:
             found = manifest.read(directory / str(step))
             if found is not None:
                 manifest.check_files(directory / str(step), found)
+            manifest.check_verified(directory / str(step))
         except manifest.Damage:
             continue
         losses[step] = found.metrics.get(METRIC) if found is not None else None

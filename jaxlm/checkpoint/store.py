@@ -212,7 +212,10 @@ class CheckpointStore:
         self._committed_step, self._failures = step, 0
         self._outcomes.append(SaveOutcome(step, None, time.monotonic() - start, blocked_s, 0))
         if jax.process_index() == 0:
-            layout.remove(self.directory, superseded(self.directory, self._retention))
+            try:
+                layout.remove(self.directory, superseded(self.directory, self._retention))
+            except OSError as error:
+                log.warning("%s: old checkpoints stay, it can't be read: %s", self.directory, error)
 
     def _failed(self, step: int, error: Exception, start: float, blocked_s: float) -> None:
         if jax.process_index() == 0 and not (self._lock and self._lock.lost):  # else it is the other run's by now
@@ -224,10 +227,10 @@ class CheckpointStore:
         """Moves aside what stands where steps from here on will go: damaged ones passed over, and what is none."""
         if jax.process_index() != 0:
             return
-        for later, damage in self._passed_over.items():
+        for later, damage in [*self._passed_over.items()]:
             reason = f"{damage}; the run went on from step {self._committed_step}"
             layout.abandon(self.directory, [self.directory / str(later)], reason)
-        self._passed_over = {}
+            del self._passed_over[later]
         entry = self.directory / str(step)
         if entry.exists() and layout.is_committed(entry):
             remedy = "give each a --workdir"

@@ -188,3 +188,24 @@ def test_mistakes_are_three_lines_and_help_is_help(command, workdir, tmp_path, c
     with pytest.raises(UserError, match="holds no checkpoint") as error:
         main([command, str(tmp_path / "nothing"), *needs])
     assert error.value.exit_code == 3
+
+
+def test_what_verify_found_damaged_is_no_reason_to_delete_a_sound_step(workdir, capsys):
+    newest = workdir / "checkpoints" / "40"
+    array = next(file for kind, file in kinds(newest).items() if kind.endswith("/*"))
+    flip(array, 8 * (array.stat().st_size // 2))
+    assert run(capsys, "verify", workdir, "--steps", 40)[0] == 3
+    assert run(capsys, "prune", workdir, "--keep", 1, "--keep-best", 0, "--delete") == (0, "deleted: 10, 20\n")
+    assert sorted(entry.name for entry in (workdir / "checkpoints").iterdir() if entry.name.isdigit()) == ["30", "40"]
+
+
+def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):
+    other = shutil.copytree(saved, tmp_path / "other")
+    with pytest.raises(UserError, match="holds checkpoints of a run") as caught:
+        run(capsys, "export", workdir, "--output", other)
+    assert caught.value.exit_code == 3 and len(list((other / "checkpoints").iterdir())) == len(SAVED)
+    (tmp_path / "held").mkdir()
+    with RunLock(tmp_path / "held"), pytest.raises(UserError, match="training here"):
+        run(capsys, "export", workdir, "--output", tmp_path / "held")
+    for step in (20, 40):  # where exports are, another may join them
+        assert run(capsys, "export", workdir, "--output", tmp_path / "exports", "--step", step)[0] == 0

@@ -179,3 +179,16 @@ def test_being_out_of_memory_is_no_word_against_a_step(directory, monkeypatch):
     monkeypatch.setattr(ocp, "load_checkpointables", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         restore_latest_good(directory, LIKE)
+
+
+def test_a_note_that_can_not_be_written_does_not_keep_a_run_from_saving(directory):
+    array = next(file for kind, file in kinds(directory / "10").items() if kind.endswith("/*"))
+    flip(array, 8 * (array.stat().st_size // 2))
+    (directory / "abandoned" / "notes.txt").mkdir(parents=True)  # opening it fails, as on a full disk
+    (directory / "abandoned" / "10-1").mkdir()
+    with CheckpointStore(directory) as store:
+        restored = store.restore_latest_good(LIKE)
+        assert restored.step == 9 and 10 in restored.passed_over
+        store.save(10, make_state(10, width=WIDTH), metadata={"step": 10})
+        assert [outcome.error for outcome in store.close()] == [None]
+    assert (directory / "abandoned" / "10").is_dir() and not fall_back(directory)
