@@ -36,5 +36,5 @@ def flops_per_token(
 def mfu(
     *, tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float | None, num_devices: int
 ) -> float | None:
-    """Model FLOPs utilisation in 0..1: tokens_per_s of all devices over what their peak allows; None if none is known."""
+    """Model FLOPs utilisation in 0..1: tokens_per_s of all devices over what their peaks, if known, allow."""
     return tokens_per_s * flops_per_token / (peak_flops_per_s * num_devices) if peak_flops_per_s else None

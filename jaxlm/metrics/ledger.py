@@ -1,8 +1,8 @@
 """Where the time of a run went, over all its starts: WORKDIR/time.jsonl, and the account made from it.
 
-A line is one JSON object: `start`, when its process began (seconds since 1970), and `spent`, seconds by phase since the line
-before. A line that holds steps says which: `first`, done before them, and `last`. Lines are appended every few seconds and
-before each save, so that a kill loses seconds and a resumed run knows what the steps that it makes again had cost.
+A line is one JSON object: `start`, when its process began (seconds since 1970), and `spent`, seconds by phase since the
+line before. A line that holds steps says which: `first`, done before them, and `last`. Lines are appended every few
+seconds and before each save: a kill loses seconds, and a resumed run knows what the steps it makes again had cost.
 """
 
 from __future__ import annotations

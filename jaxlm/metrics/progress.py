@@ -20,8 +20,8 @@ MEDIAN_OF_RECORDS = 50
 WIDEST_BAR = 24
 NARROWEST_BAR = 6
 
-# Fields of a line in reading order, each with its rank, its key in a record and its text of that value. A live line that
-# is too long drops the highest rank first.
+# Fields of a line in reading order: rank, key in a record, text of its value. A live line that is too long drops the
+# highest rank first.
 _FIELDS = (
     (1, "loss", lambda loss: f"loss {loss}"),
     (5, "lr", lambda lr: f"lr {lr:.2e}"),
