@@ -27,6 +27,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from jaxlm.config import Problem, UserError
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD_FLUSH_S = 10.0  # a flush takes 2 to 3 ms: tensorboardX makes it reach the disk
 
 _logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class _TensorBoard(EventsWriter):
         folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within one second from sharing, and so overwriting, one file.
         super().__init__(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
+        self._flushed_s = -math.inf
         # TensorBoard hides what earlier files hold of this step and later ones.
         self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -159,7 +161,9 @@ class _TensorBoard(EventsWriter):
 
     def _add(self, step: int, **what: Any) -> None:
         self.write_event(Event(wall_time=time.time(), step=step, **what))
-        self.flush()
+        if time.monotonic() - self._flushed_s > TENSORBOARD_FLUSH_S:
+            self.flush()
+            self._flushed_s = time.monotonic()
 
 
 class MetricsLog:
@@ -224,6 +228,9 @@ class MetricsLog:
     def flush(self) -> None:
         """Brings everything written so far to the disk, where it survives the machine."""
         self._append(sync=True)
+        with self._tensorboard_or_off():
+            if self._tensorboard:
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Makes a last try at lines that wait; says how many are lost if it fails."""
