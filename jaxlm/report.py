@@ -11,7 +11,7 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from jaxlm.metrics.ledger import PHASES, Account, read_account
 from jaxlm.metrics.markdown import code, fenced, plain, table
 from jaxlm.metrics.numbers import count_text, duration_text, loss_text
 from jaxlm.metrics.summary import Point, Summary, points, smoothed, summarize
-from jaxlm.metrics.writer import from_json_values, read_metrics, to_json_values, write_atomically
-from jaxlm.settings import Parser, run_main
+from jaxlm.metrics.writer import from_json_values, mendable, read_metrics, to_json_values, write_atomically
+from jaxlm.settings import Parser, flatten, run_main
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,15 +33,22 @@ if TYPE_CHECKING:
 RAW, SMOOTH, EVAL, GRAD, INK = "#b9cde6", "#1f4e8c", "#d1495b", "#d9b382", "#333333"
 GRAD_INK = "#9c6b26"
 SMOOTH_FROM_POINTS = 20
+TRAINED = {
+    "model": "preset num_layers embed_dim num_heads num_kv_heads mlp_dim vocab_size position norm activation dtype",
+    "data": "path train eval split tokenizer",
+    "mesh": "pipeline data fsdp context model",
+    "train": "num_steps batch_size seq_len accumulate seed",
+    "optim": "name peak_lr schedule warmup_steps weight_decay",
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a report is made from. settings: {section: {key: value}}; origins: "section.key" -> where it came from;
+    """All that a report is made from. settings: "section.key" -> value; origins: "section.key" -> where it came from;
     facts: what the run wrote down about itself (config.json's `run`); the rest: see `write_report`."""
 
     workdir: Path
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any]
     origins: Mapping[str, str]
     facts: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
@@ -50,6 +57,21 @@ class Run:
     outcome: Mapping[str, Any] | None
     checkpoint_steps: Sequence[int]
     time: Account | None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.results.step >= self.settings.get("train.num_steps", math.inf)
+
+    @property
+    def chosen(self) -> list[str]:
+        """Settings that someone chose; defaults and derived values are left out."""
+        return [name for name, origin in self.origins.items() if origin not in ("default", "derived")]
+
+    @property
+    def causal_mfu(self) -> float | None:
+        full, causal = self.facts.get("flops_per_token"), self.facts.get("flops_per_token_causal")
+        mfu = self.results.mfu_median
+        return None if mfu is None or not full or not causal else mfu * causal / full
 
 
 def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Mapping[str, Any] | None = None) -> Path:
@@ -61,20 +83,13 @@ def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Map
     Raises: UserError if the workdir holds no run or no metrics yet.
     """
     run = _read_run(Path(workdir), sample=sample, outcome=outcome)
-    path = run.workdir / "report.md"
-    _write(run.workdir / "loss.png", _picture(run))
-    _write(run.workdir / "summary.json", (json.dumps(_summary(run), indent=2, allow_nan=False) + "\n").encode())
-    _write(path, _markdown(run).encode())
-    return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        rule = f"the report cannot be written: {error.strerror or error}"
-        remedy = "make the workdir writable, with space left, and run it again"
-        raise UserError(Problem(str(path), rule, remedy)) from error
+    summary = json.dumps(_summary(run), indent=2, allow_nan=False) + "\n"
+    files = {"loss.png": _picture(run), "summary.json": summary.encode(), "report.md": _markdown(run).encode()}
+    for name, data in files.items():
+        path, remedy = run.workdir / name, "make the workdir writable, with space left, and run it again"
+        with mendable(str(path), "the report", remedy):
+            write_atomically(path, data)
+    return run.workdir / "report.md"
 
 
 def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] | None) -> Run:
@@ -88,191 +103,132 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         raise UserError(Problem(str(workdir), rule, "wait for the first logged step, or rerun the training command"))
     results = summarize(records)
     previous = _read_json(workdir / "summary.json") or {}
-    kept_sample, kept_outcome = previous.get("sample"), previous.get("outcome")
-    if (previous.get("results") or {}).get("step") != results.step:
-        kept_outcome = None  # it told the end of an earlier part of the run
-    checkpoints = workdir / "checkpoints"
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    has_gone_on = (previous.get("results") or {}).get("step") != results.step
     return Run(
         workdir=workdir,
-        settings=config.get("config", {}),
+        settings=dict(flatten(config.get("config", {}))),
         origins=config.get("from", {}),
         facts=config.get("run", {}),
         records=records,
         results=results,
-        sample={"step": results.step, "text": sample} if sample is not None else kept_sample,
-        outcome=outcome if outcome is not None else kept_outcome,
-        checkpoint_steps=sorted(int(name) for name in names if name.isdecimal()),
+        sample={"step": results.step, "text": sample} if sample is not None else previous.get("sample"),
+        outcome=previous.get("outcome") if outcome is None and not has_gone_on else outcome,
+        checkpoint_steps=sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()),
         time=read_account(workdir),
     )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content = from_json_values(json.loads(path.read_bytes()))
+        return from_json_values(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _summary(run: Run) -> dict[str, Any]:
     """What summary.json holds: results (losses exact, null if not measured), facts, settings, sample and outcome."""
     content = {
         "results": dataclasses.asdict(run.results),
-        "finished": _is_finished(run),
+        "finished": run.is_finished,
         "mfu_convention": CONVENTION,
-        "mfu_median_causal": _causal_mfu(run),
+        "mfu_median_causal": run.causal_mfu,
         "checkpoint_steps": run.checkpoint_steps,
         "time": dataclasses.asdict(run.time) | {"productive_frac": run.time.productive_frac} if run.time else None,
         "run": run.facts,
-        "changed_settings": {name: _setting(run, name) for name in _changed(run)},
+        "changed_settings": {name: run.settings.get(name) for name in run.chosen},
         "sample": run.sample,
         "outcome": run.outcome,
     }
     return to_json_values(content)
 
 
-def _is_finished(run: Run) -> bool:
-    num_steps = _setting(run, "train.num_steps")
-    return num_steps is not None and run.results.step >= num_steps
-
-
-def _setting(run: Run, name: str) -> Any:
-    section, _, key = name.partition(".")
-    return run.settings.get(section, {}).get(key)
-
-
-def _changed(run: Run) -> dict[str, str]:
-    """Settings that someone chose, name -> where the value came from; defaults and derived values are left out."""
-    return {name: origin for name, origin in run.origins.items() if origin not in ("default", "derived")}
-
-
-def _causal_mfu(run: Run) -> float | None:
-    full, causal = run.facts.get("flops_per_token"), run.facts.get("flops_per_token_causal")
-    if run.results.mfu_median is None or not full or not causal:
-        return None
-    return run.results.mfu_median * causal / full
-
-
 def _markdown(run: Run) -> str:
-    parts = [
-        f"# {plain(run.workdir.resolve().name)}",
-        _headline(run),
-        "![Training and evaluation loss, learning rate and gradient norm by step](loss.png)",
-        "## Result",
-        table(("", ""), _result_rows(run)),
-        f"Losses are nats per token. MFU counts {plain(CONVENTION)}.",
-        *(("## Where the time went", _time_section(run.time)) if run.time else ()),
-        "## What was trained",
-        table(("", ""), _section_rows(run)),
-        "## What it ran on",
-        _facts_section(run),
-        "## Settings that differ from the default",
-        _settings_section(run),
-    ]
+    facts = [(plain(str(name)), code(value)) for name, value in run.facts.items() if name != "command"]
+    chosen = [(code(name), code(run.settings.get(name)), plain(run.origins[name])) for name in run.chosen]
+    convention = f"Losses are nats per token. MFU counts {plain(CONVENTION)}."
+    settings = table(("setting", "value", "from"), chosen) if chosen else "None." if run.origins else "Not recorded."
+    sections = {
+        "Result": f"{table(('', ''), _result_rows(run))}\n\n{convention}",
+        "Where the time went": _time_table(run.time) if run.time else None,
+        "What was trained": table(("", ""), _trained_rows(run)),
+        "What it ran on": table(("", ""), facts) if facts else "Not recorded.",
+        "Settings that differ from the default": settings,
+    }
     if run.sample is not None:
-        parts += [f"## The model's writing, after step {int(run.sample['step']):,}", fenced(run.sample["text"])]
-    parts += ["## Run it again", _again_section(run)]
+        sections[f"The model's writing, after step {run.sample['step']:,}"] = fenced(run.sample["text"])
+    sections["Run it again"] = _again(run.facts.get("command"))
+    picture = "![Training and evaluation loss, learning rate and gradient norm by step](loss.png)"
+    parts = [f"# {plain(run.workdir.resolve().name)}", _headline(run), picture]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
 
 def _headline(run: Run) -> str:
-    results = run.results
-    num_steps = _setting(run, "train.num_steps")
-    steps = f"{results.step:,}" + (f" of {num_steps:,}" if num_steps else "") + " steps"
-    state = "Finished" if _is_finished(run) else "Not finished"
-    tokens = f", {count_text(results.tokens)} tokens" if results.tokens is not None else ""
-    best = results.eval_loss_best or results.train_loss_best
-    kind = "evaluation" if results.eval_loss_best else "training"
-    loss = f" Best {kind} loss **{loss_text(best.value)}** nats per token, at step {best.step:,}." if best else ""
-    return f"{state}: {steps}{tokens}.{loss}"
-
-
-def _loss_cell(point: Point | None) -> str | None:
-    if point is None:
-        return None
-    perplexity = f", perplexity {math.exp(point.value):,.2f}" if point.value < 50 else ""
-    return f"{loss_text(point.value)} at step {point.step:,}{perplexity}"
+    results, num_steps = run.results, run.settings.get("train.num_steps")
+    text = f"{'Finished' if run.is_finished else 'Not finished'}: {results.step:,}"
+    text += (f" of {num_steps:,}" if num_steps else "") + " steps"
+    text += f", {count_text(results.tokens)} tokens." if results.tokens is not None else "."
+    for kind, best in (("evaluation", results.eval_loss_best), ("training", results.train_loss_best)):
+        if best:
+            return f"{text} Best {kind} loss **{loss_text(best.value)}** nats per token, at step {best.step:,}."
+    return text
 
 
 def _result_rows(run: Run) -> list[tuple[str, str]]:
     results = run.results
-    end = results.train_loss_smoothed
-    rows = {
-        "evaluation loss, last": _loss_cell(results.eval_loss_last),
-        "evaluation loss, best": _loss_cell(results.eval_loss_best),
-        "training loss, last": _loss_cell(results.train_loss_last),
-        "training loss, best step": _loss_cell(results.train_loss_best),
-        "training loss, smoothed end": f"{end.value:.4f}" if end else None,
-        "steps with a non-finite loss": f"{results.num_nonfinite_losses:,}" if results.num_nonfinite_losses else None,
-        "tokens": f"{results.tokens:,}" if results.tokens is not None else None,
-        "time in steps": duration_text(results.train_time_s) if results.train_time_s else None,
-        "step time, median": f"{results.step_time_s_median:.4g} s" if results.step_time_s_median else None,
-        "tokens/s, median": f"{results.tokens_per_s_median:,.0f}" if results.tokens_per_s_median else None,
-        "waiting for data": f"{100 * results.data_wait_frac:.1f} %" if results.data_wait_frac is not None else None,
-        "MFU, median": _mfu_cell(run),
-        "checkpoints": ", ".join(f"{step:,}" for step in run.checkpoint_steps) or None,
-    }
-    outcome = [(plain(str(name)), code(value)) for name, value in (run.outcome or {}).items()]
-    return [(name, text) for name, text in rows.items() if text is not None] + outcome
-
-
-def _time_section(time: Account) -> str:
-    rows = [
-        (PHASES[phase], f"{spent_s:,.1f} s", f"{spent_s / time.wall_s:.1%}")
-        for phase, spent_s in time.spent_s.items()
-        if spent_s >= 0.05
+    rows: list[tuple[str, Any, Callable[[Any], str]]] = [
+        ("evaluation loss, last", results.eval_loss_last, _loss_cell),
+        ("evaluation loss, best", results.eval_loss_best, _loss_cell),
+        ("training loss, last", results.train_loss_last, _loss_cell),
+        ("training loss, best step", results.train_loss_best, _loss_cell),
+        ("training loss, smoothed end", results.train_loss_smoothed, lambda end: f"{end.value:.4f}"),
+        ("steps with a non-finite loss", results.num_nonfinite_losses or None, "{:,}".format),
+        ("tokens", results.tokens, "{:,}".format),
+        ("time in steps", results.train_time_s or None, duration_text),
+        ("step time, median", results.step_time_s_median, "{:.4g} s".format),
+        ("tokens/s, median", results.tokens_per_s_median, "{:,.0f}".format),
+        ("waiting for data", results.data_wait_frac, lambda frac: f"{100 * frac:.1f} %"),
+        ("MFU, median", _mfu_cell(run), str),
+        ("checkpoints", run.checkpoint_steps or None, lambda steps: ", ".join(f"{step:,}" for step in steps)),
     ]
-    starts = f"{time.starts} starts" if time.starts > 1 else "one start"
-    total = (f"since the first of {starts}", duration_text(time.wall_s), "")
-    return table(("", "time", "share"), [*rows, total])
+    outcome = [(plain(str(name)), code(value)) for name, value in (run.outcome or {}).items()]
+    return [(name, show(value)) for name, value, show in rows if value is not None] + outcome
+
+
+def _loss_cell(point: Point) -> str:
+    perplexity = f", perplexity {math.exp(point.value):,.2f}" if point.value < 50 else ""
+    return f"{loss_text(point.value)} at step {point.step:,}{perplexity}"
 
 
 def _mfu_cell(run: Run) -> str:
     if run.results.mfu_median is None:
         return "not known: no peak FLOP/s on record for this device"
-    causal = _causal_mfu(run)
-    beside = f" (counting causal attention only: {100 * causal:.1f} %)" if causal is not None else ""
+    beside = "" if run.causal_mfu is None else f" (counting causal attention only: {100 * run.causal_mfu:.1f} %)"
     return f"{100 * run.results.mfu_median:.1f} %{beside}"
 
 
-def _section_rows(run: Run) -> list[tuple[str, str]]:
+def _time_table(time: Account) -> str:
+    spent = [(PHASES[phase], spent_s) for phase, spent_s in time.spent_s.items() if spent_s >= 0.05]
+    rows = [(words, f"{spent_s:,.1f} s", f"{spent_s / time.wall_s:.1%}") for words, spent_s in spent]
+    return table(("", "time", "share"), [*rows, (time.since, duration_text(time.wall_s), "")])
+
+
+def _trained_rows(run: Run) -> list[tuple[str, str]]:
     """Model, data, mesh, training and optimizer in a row each."""
-    wanted = {
-        "model": "preset num_layers embed_dim num_heads num_kv_heads mlp_dim vocab_size position norm activation dtype",
-        "data": "path train eval split tokenizer",
-        "mesh": "pipeline data fsdp context model",
-        "train": "num_steps batch_size seq_len accumulate seed",
-        "optim": "name peak_lr schedule warmup_steps weight_decay",
-    }
     rows = []
-    for section, keys in wanted.items():
-        values = {key: _setting(run, f"{section}.{key}") for key in keys.split()}
+    for section, keys in TRAINED.items():
+        values = {key: run.settings.get(f"{section}.{key}") for key in keys.split()}
         text = ", ".join(f"{plain(key)} {code(value)}" for key, value in values.items() if value not in (None, [], ""))
         rows.append((section, text or "not recorded"))
     return rows
 
 
-def _facts_section(run: Run) -> str:
-    rows = [(plain(str(name)), code(value)) for name, value in run.facts.items() if name != "command"]
-    return table(("", ""), rows) if rows else "Not recorded."
-
-
-def _settings_section(run: Run) -> str:
-    changed = _changed(run)
-    if not changed:
-        return "None." if run.origins else "Not recorded."
-    rows = [(code(name), code(_setting(run, name)), plain(origin)) for name, origin in changed.items()]
-    return table(("setting", "value", "from"), rows)
-
-
-def _again_section(run: Run) -> str:
-    command = run.facts.get("command")
+def _again(command: str | Sequence[str] | None) -> str:
     if not command:
         return "The command was not recorded."
-    text = command if isinstance(command, str) else shlex.join(map(str, command))
     return (
-        f"{fenced(text)}\n\nIn the same workdir it resumes from the newest checkpoint; with an empty `--workdir` it "
+        f"{fenced(command if isinstance(command, str) else shlex.join(command))}\n\n"
+        "In the same workdir it resumes from the newest checkpoint; with an empty `--workdir` it "
         "trains from the start. Every setting of the run, with where its value came from, is in config.json."
     )
 
@@ -281,9 +237,12 @@ def _picture(run: Run) -> bytes:
     """loss.png. Figure without pyplot: no global state, no display, and matplotlib loads only when a report is made."""
     from matplotlib.figure import Figure
 
+    title = [ascii(run.workdir.resolve().name)[1:-1].replace("$", r"\$")]  # $ would begin a formula
+    for count, what in ((run.facts.get("parameters"), "parameters"), (run.results.tokens, "tokens")):
+        title += [f"{count_text(count)} {what}"] if isinstance(count, int) else []
     figure = Figure(figsize=(9.5, 6.8), layout="constrained", facecolor="white", dpi=150)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-    loss_axes.set_title(_picture_title(run), loc="left", fontsize=12, fontweight="bold", color=INK, pad=12)
+    loss_axes.set_title("  ·  ".join(title), loc="left", fontsize=12, fontweight="bold", color=INK, pad=12)
     _draw_loss(loss_axes, run)
     _draw_lr_and_grad_norm(rate_axes, run)
     rate_axes.set_xlabel("step", color=INK)
@@ -293,82 +252,66 @@ def _picture(run: Run) -> bytes:
     return png.getvalue()
 
 
-def _picture_title(run: Run) -> str:
-    parts = [ascii(run.workdir.resolve().name)[1:-1].replace("$", r"\$")]  # $ would begin a formula
-    if isinstance(run.facts.get("parameters"), int):
-        parts.append(f"{count_text(run.facts['parameters'])} parameters")
-    if run.results.tokens is not None:
-        parts.append(f"{count_text(run.results.tokens)} tokens")
-    return "  ·  ".join(parts)
+def _curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a field where it is finite."""
+    found = points(run.records, key=key, finite=True)
+    return np.array([point.step for point in found]), np.array([point.value for point in found])
 
 
 def _draw_loss(axes: Axes, run: Run) -> None:
     """Raw training loss faint, smoothed on top, evaluations as points; logarithmic unless a loss is not positive."""
-    train = points(run.records, key="loss")
-    finite = [point for point in train if math.isfinite(point.value)]
-    evaluated = [point for point in points(run.records, key="eval_loss") if math.isfinite(point.value)]
-    steps = np.array([point.step for point in finite])
-    values = np.array([point.value for point in finite])
-    if len(values) > SMOOTH_FROM_POINTS:
-        axes.plot(steps, values, color=RAW, linewidth=0.7, label="training, each logged step")
-        axes.plot(steps, smoothed(values), color=SMOOTH, linewidth=2.0, label="training, smoothed")
-    elif len(values):
-        axes.plot(steps, values, "o-", color=SMOOTH, linewidth=1.5, markersize=4, label="training, each logged step")
-    if evaluated:
-        last = evaluated[-1]
-        label = f"evaluation, last {last.value:.4f}"
-        xy = [point.step for point in evaluated], [point.value for point in evaluated]
-        axes.plot(*xy, "o-", color=EVAL, markersize=5, linewidth=1, markeredgecolor="white", label=label)
-    lost = [point.step for point in train if not math.isfinite(point.value)]
+    (steps, losses), (eval_steps, eval_losses) = _curve(run, "loss"), _curve(run, "eval_loss")
+    each = "training, each logged step"
+    if len(losses) > SMOOTH_FROM_POINTS:
+        axes.plot(steps, losses, color=RAW, linewidth=0.7, label=each)
+        axes.plot(steps, smoothed(losses), color=SMOOTH, linewidth=2.0, label="training, smoothed")
+    elif len(losses):
+        axes.plot(steps, losses, "o-", color=SMOOTH, linewidth=1.5, markersize=4, label=each)
+    if len(eval_losses):
+        style: dict[str, Any] = {"color": EVAL, "markersize": 5, "linewidth": 1, "markeredgecolor": "white"}
+        axes.plot(eval_steps, eval_losses, "o-", label=f"evaluation, last {eval_losses[-1]:.4f}", **style)
+    lost = [point.step for point in points(run.records, key="loss") if not math.isfinite(point.value)]
     if lost:
         axes.plot(lost, [0.02] * len(lost), "x", color=EVAL, transform=axes.get_xaxis_transform(), label="not finite")
-    shown = [*values, *(point.value for point in evaluated)]
-    if shown and min(shown) > 0:
-        _plain_log_axis(axes, low=min(shown), high=max(shown), most_ticks=10)
+    shown = np.concatenate([losses, eval_losses])
+    if (shown > 0).all():
+        _plain_log_axis(axes, shown, most_ticks=10)
     axes.set_ylabel("loss, nats per token", color=INK)
     _tidy(axes)
-    if shown or lost:
+    if axes.lines:
         axes.legend(loc="upper right", framealpha=0.9, edgecolor="none", labelcolor=INK, fontsize=9)
 
 
-def _plain_log_axis(axes: Axes, *, low: float, high: float, most_ticks: int) -> None:
-    """A logarithmic y axis over low..high; ticks are the roundest numbers that fit, written plainly (6, not 6x10^0)."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
+def _plain_log_axis(axes: Axes, values: np.ndarray, *, most_ticks: int) -> None:
+    """A logarithmic y axis over values > 0; its ticks are the roundest numbers that fit, written plainly."""
+    if not len(values):
+        return
+    low, high = values.min(), values.max()
     margin = (high / low) ** 0.04 if high > low else 1.02
     low, high = low / margin, high * margin
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    apart = math.log(high / low) / most_ticks
     ticks: list[float] = []
     for step in (9, 4, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):  # 1; 1 5; 1 3 5 7 9; 1 2 3 ...: each finer than the last
-        rounder = [(1 + step * index) * 10.0**decade for decade in decades for index in range(int(9 / step) + 1)]
-        for tick in rounder:
-            is_free = all(abs(math.log(tick / other)) >= math.log(high / low) / most_ticks for other in ticks)
-            if low <= tick <= high and is_free:
+        for tick in ((1 + step * index) * 10.0**decade for decade in decades for index in range(int(9 / step) + 1)):
+            if low <= tick <= high and all(abs(math.log(tick / other)) >= apart for other in ticks):
                 ticks.append(tick)
         if len(ticks) >= most_ticks * 2 / 3:
             break
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    axes.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _draw_lr_and_grad_norm(axes: Axes, run: Run) -> None:
     grad_axes = axes.twinx()
-    lr, grad_norm = (
-        [(point.step, point.value) for point in points(run.records, key=key) if math.isfinite(point.value)]
-        for key in ("lr", "grad_norm")
-    )
-    if grad_norm:
-        grad_axes.plot(*zip(*grad_norm, strict=True), color=GRAD, linewidth=0.7)
-        norms = [norm for _, norm in grad_norm if norm > 0]
-        if norms:
-            _plain_log_axis(grad_axes, low=min(norms), high=max(norms), most_ticks=4)
-    if lr:
-        axes.plot(*zip(*lr, strict=True), color=SMOOTH, linewidth=2.0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-        axes.set_ylim(bottom=0)
+    norms, rates = _curve(run, "grad_norm"), _curve(run, "lr")
+    grad_axes.plot(*norms, color=GRAD, linewidth=0.7)
+    _plain_log_axis(grad_axes, norms[1][norms[1] > 0], most_ticks=4)
+    axes.plot(*rates, color=SMOOTH, linewidth=2.0)
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.2g}")
+    axes.set_ylim(bottom=0)
     for target, label, color in ((axes, "learning rate", SMOOTH), (grad_axes, "gradient norm", GRAD_INK)):
         target.set_ylabel(label, color=color)
         _tidy(target)

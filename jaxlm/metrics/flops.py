@@ -26,14 +26,9 @@ def flops_per_token(
     Biases and norm scales are in N too, where 6 is slightly too many. H counts query heads also when keys and values
     have fewer. Left out: softmax, norms, activations, dropout, the loss, the optimizer, rematerialisation, padding.
 
-    Raises: ValueError if a size is < 1 (num_layers: < 0).
     Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B; nanoGPT model.py `estimate_mfu`, which leaves
     the position table out of N.
     """
-    sizes = {"num_nonpositional_params": num_nonpositional_params, "num_heads": num_heads, "head_dim": head_dim}
-    for name, size in {**sizes, "seq_len": seq_len, "num_layers + 1": num_layers + 1}.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
     per_key = 6 if causal else 12
     return 6 * num_nonpositional_params + per_key * num_layers * num_heads * head_dim * seq_len
 
@@ -41,13 +36,5 @@ def flops_per_token(
 def mfu(
     *, tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float | None, num_devices: int
 ) -> float | None:
-    """Model FLOPs utilisation in 0..1: tokens_per_s of all devices together over what their peak allows.
-
-    peak_flops_per_s is one device's, as `chips.peak_flops_per_s` gives it; None there is None here.
-    Raises: ValueError if num_devices < 1 or the peak is not positive.
-    """
-    if peak_flops_per_s is None:
-        return None
-    if num_devices < 1 or peak_flops_per_s <= 0:
-        raise ValueError(f"MFU needs a positive peak and device count, not {peak_flops_per_s} and {num_devices}")
-    return tokens_per_s * flops_per_token / (peak_flops_per_s * num_devices)
+    """Model FLOPs utilisation in 0..1: tokens_per_s of all devices over what their peaks, if known, allow."""
+    return tokens_per_s * flops_per_token / (peak_flops_per_s * num_devices) if peak_flops_per_s else None

@@ -1,8 +1,8 @@
 """Where the time of a run went, over all its starts: WORKDIR/time.jsonl, and the account made from it.
 
-A line is one JSON object: `start`, when its process began (seconds since 1970), and `spent`, seconds by phase since the line
-before. A line that holds steps says which: `first`, done before them, and `last`. Lines are appended every few seconds and
-before each save, so that a kill loses seconds and a resumed run knows what the steps that it makes again had cost.
+A line is one JSON object: `start`, when its process began (seconds since 1970), and `spent`, seconds by phase since the
+line before. A line that holds steps says which: `first`, done before them, and `last`. Lines are appended every few
+seconds and before each save: a kill loses seconds, and a resumed run knows what the steps it makes again had cost.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Ledger:
         self._path, self._on_enter, self._clock = workdir / FILE_NAME, on_enter, clock
         self._start = wall_clock()
         self._phase, self._since_s, self._written_s = "init", clock(), clock()
-        self._spent: dict[str, float] = {}
+        self._spent = defaultdict[str, float](float)
         self._first = self._last = 0
         self._write()
         on_enter("init")
@@ -77,7 +78,7 @@ class Ledger:
         """The run begins with `phase`; `step` steps are done."""
         assert phase in PHASES, phase
         now = self._clock()
-        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since_s
+        self._spent[self._phase] += now - self._since_s
         self._phase, self._since_s = phase, now
         self._last = self._last if step is None else step
         self._on_enter(phase)
@@ -104,9 +105,10 @@ class Ledger:
         if self._last > self._first:
             line |= {"first": self._first, "last": self._last}
         line["spent"] = {phase: round(spent_s, 6) for phase, spent_s in self._spent.items()}
-        with contextlib.suppress(OSError), open(self._path, "ab") as file:
-            file.write(b"\n" + json.dumps(line).encode())  # the newline first: it also ends a line that a kill tore
-            self._spent, self._first, self._written_s = {}, self._last, self._clock()
+        with contextlib.suppress(OSError):
+            with open(self._path, "ab") as file:
+                file.write(b"\n" + json.dumps(line).encode())  # the newline first: it also ends a line that a kill tore
+            self._spent, self._first, self._written_s = defaultdict(float), self._last, self._clock()
 
 
 @dataclass(frozen=True)
@@ -120,67 +122,62 @@ class Account:
     @property
     def productive_frac(self) -> float:
         """Goodput: the share of the time since the first start that went into steps that count."""
-        return self.spent_s.get("step", 0.0) / self.wall_s if self.wall_s else 0.0
+        return self.spent_s["step"] / self.wall_s if self.wall_s else 0.0
 
     @property
     def running_s(self) -> float:
         """Time in which the run was running."""
-        return self.wall_s - self.spent_s.get("down", 0.0)
+        return self.wall_s - self.spent_s["down"]
+
+    @property
+    def since(self) -> str:
+        return f"since the first of {self.starts} starts" if self.starts > 1 else "since the first of one start"
 
     def __str__(self) -> str:
-        starts = f"{self.starts} starts" if self.starts > 1 else "one start"
-        parts = [f"{duration_text(self.wall_s)} since the first of {starts}"]
-        parts.append(f"{self.productive_frac:.1%} in steps that count")
-        parts += [f"{phase} {s:.1f} s" for phase, s in self.spent_s.items() if phase != "step" and s >= 0.05]
-        return ", ".join(parts)
-
-
-@dataclass
-class _Totals:
-    """Sums over lines as they are read; `spans`: (first, last, seconds) of steps that nothing has undone."""
-
-    spent_s: dict[str, float] = field(default_factory=dict)
-    spans: list[tuple[int, int, float]] = field(default_factory=list)
-    end_s: float = 0.0  # wall clock at the end of what was read
-    starts: list[float] = field(default_factory=list)
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.spent_s[phase] = self.spent_s.get(phase, 0.0) + seconds
-
-    def undo(self, step: int) -> None:
-        """Steps after `step` are made again: what they took is lost."""
-        kept = []
-        for first, last, spent_s in self.spans:
-            share = min(max((last - step) / (last - first), 0.0), 1.0)
-            self.add("lost", spent_s * share)
-            self.add("step", -spent_s * share)
-            if share < 1:
-                kept.append((first, min(last, step), spent_s * (1 - share)))
-        self.spans = kept
-
-    def read(self, line: dict[str, Any]) -> None:
-        start, spent = line["start"], line["spent"]
-        if not self.starts or start != self.starts[-1]:
-            if self.starts:
-                self.add("down", max(start - self.end_s, 0.0))
-            self.starts.append(start)
-            self.end_s = max(start, self.end_s)
-        if "first" in line:
-            if self.spans and self.spans[-1][1] > line["first"]:
-                self.undo(line["first"])
-            self.spans.append((line["first"], line["last"], spent.get("step", 0.0)))
-        for phase, seconds in spent.items():
-            self.add(phase, seconds)
-        self.end_s += sum(spent.values())
+        rest = [f"{phase} {s:.1f} s" for phase, s in self.spent_s.items() if phase != "step" and s >= 0.05]
+        whole = f"{duration_text(self.wall_s)} {self.since}"
+        return ", ".join([whole, f"{self.productive_frac:.1%} in steps that count", *rest])
 
 
 def read_account(workdir: str | Path) -> Account | None:
     """The account of the run in `workdir`, None if it kept none; a line that is torn or damaged is passed over."""
-    path, totals = Path(workdir) / FILE_NAME, _Totals()
+    totals_s = defaultdict[str, float](float)
+    starts: list[float] = []
+    end_s = 0.0  # wall clock at the end of what was read
+    spans: list[tuple[int, int, float]] = []  # (first, last, seconds) of steps that nothing has undone
+    for line in _read_lines(Path(workdir) / FILE_NAME):
+        start, spent = line["start"], line["spent"]
+        if start not in starts[-1:]:
+            totals_s["down"] += max(start - end_s, 0.0) if starts else 0.0
+            starts.append(start)
+            end_s = max(start, end_s)
+        if "first" in line:
+            if spans and spans[-1][1] > line["first"]:
+                spans, lost_s = _undo(spans, line["first"])
+                totals_s["lost"] += lost_s
+                totals_s["step"] -= lost_s
+            spans.append((line["first"], line["last"], spent.get("step", 0.0)))
+        for phase, seconds in spent.items():
+            totals_s[phase] += seconds
+        end_s += sum(spent.values())
+    spent_s = {phase: max(totals_s[phase], 0.0) for phase in PHASES}  # a sum of floats may end below 0
+    return Account(len(starts), sum(spent_s.values()), spent_s) if starts else None
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for text in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            totals.read(json.loads(text))
-    if not totals.starts:
-        return None
-    spent_s = {phase: max(totals.spent_s.get(phase, 0.0), 0.0) for phase in PHASES}
-    return Account(len(totals.starts), sum(spent_s.values()), spent_s)
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and {"start", "spent"} <= line.keys():
+                yield line
+
+
+def _undo(spans: list[tuple[int, int, float]], step: int) -> tuple[list[tuple[int, int, float]], float]:
+    """Steps after `step` are made again: the spans without them, and the seconds that they took."""
+    kept, lost_s = [], 0.0
+    for first, last, seconds in spans:
+        lost_frac = min(max((last - step) / (last - first), 0.0), 1.0)
+        lost_s += seconds * lost_frac
+        if lost_frac < 1:
+            kept.append((first, min(last, step), seconds * (1 - lost_frac)))
+    return kept, lost_s

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_OVERRIDES = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,25 +30,20 @@ def code(value: Any) -> str:
     text = _visible(text).replace("\n", " ").replace("|", "\\|")
     if not text.strip():
         return "(empty)"
-    fence = "`" * (_longest_run(text) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+    return f"{_fence(text)} {text} {_fence(text)}" if "`" in text else f"`{text}`"
 
 
 def fenced(text: str) -> str:
-    """A fenced block of text, with a fence longer than any run of backticks in it: only its own end ends it."""
-    fence = "`" * max(3, _longest_run(text) + 1)
+    """A fenced block of text that only its own end ends."""
+    fence = _fence(text).rjust(3, "`")
     return f"{fence}text\n{_visible(text)}\n{fence}"
 
 
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)
+def _fence(text: str) -> str:
+    """More backticks than stand together anywhere in the text."""
+    return max(re.findall("`+", text), default="") + "`"
 
 
 def _visible(text: str) -> str:
     """Control characters, unpaired surrogates and bidirectional overrides as escapes; newline and tab as they are."""
-    shown = []
-    for character in text:
-        is_override = unicodedata.bidirectional(character) in _OVERRIDES
-        is_hidden = is_override or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        shown.append(ascii(character)[1:-1] if is_hidden and character not in "\n\t" else character)
-    return "".join(shown)
+    return _HIDDEN.sub(lambda character: ascii(character[0])[1:-1], text)

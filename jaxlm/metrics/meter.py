@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxlm.metrics.flops import mfu
 
 
@@ -11,20 +13,14 @@ class StepMeter:
     Call `start` when stepping begins and again after anything that is not a step (compilation, an evaluation, a
     blocking save), so that it is not counted; `step` when a step's end is seen; `take` to log. All times are
     `time.monotonic` seconds. peak_flops_per_s is one device's (None: mfu is None); tokens are those of all devices.
-    Reads no clock and no device.
     """
 
     def __init__(self, *, flops_per_token: float, peak_flops_per_s: float | None, num_devices: int):
-        self._flops_per_token = flops_per_token
-        self._peak_flops_per_s = peak_flops_per_s
-        self._num_devices = num_devices
+        self._mfu = partial(
+            mfu, flops_per_token=flops_per_token, peak_flops_per_s=peak_flops_per_s, num_devices=num_devices
+        )
         self._last_s: float | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self._num_steps = self._num_tokens = 0
-        self._busy_s = 0.0
-        self._data_wait_s = 0.0
+        self._num_steps, self._num_tokens, self._busy_s, self._data_wait_s = 0, 0, 0.0, 0.0
 
     def start(self, *, time_s: float) -> None:
         """The next step is timed from here."""
@@ -41,21 +37,13 @@ class StepMeter:
 
     def take(self) -> dict[str, float | None]:
         """step_time_s, tokens_per_s, mfu and data_wait_s per step since the previous take (at least one step ago)."""
-        assert self._num_steps > 0, "StepMeter.take without a step since the previous one"
-        # Two reads of a coarse clock may coincide; a nanosecond keeps the rate finite.
-        step_time_s = max(self._busy_s / self._num_steps, 1e-9)
-        tokens_per_s = self._num_tokens / self._num_steps / step_time_s
-        utilisation = mfu(
-            tokens_per_s=tokens_per_s,
-            flops_per_token=self._flops_per_token,
-            peak_flops_per_s=self._peak_flops_per_s,
-            num_devices=self._num_devices,
-        )
-        data_wait_s = self._data_wait_s / self._num_steps
-        self._clear()
-        return {
-            "step_time_s": step_time_s,
+        busy_s = max(self._busy_s, 1e-9)  # two reads of a coarse clock may coincide
+        tokens_per_s = self._num_tokens / busy_s
+        taken = {
+            "step_time_s": busy_s / self._num_steps,
             "tokens_per_s": tokens_per_s,
-            "mfu": utilisation,
-            "data_wait_s": data_wait_s,
+            "mfu": self._mfu(tokens_per_s=tokens_per_s),
+            "data_wait_s": self._data_wait_s / self._num_steps,
         }
+        self._num_steps, self._num_tokens, self._busy_s, self._data_wait_s = 0, 0, 0.0, 0.0
+        return taken

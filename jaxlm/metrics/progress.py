@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import threading
@@ -19,8 +20,17 @@ MEDIAN_OF_RECORDS = 50
 WIDEST_BAR = 24
 NARROWEST_BAR = 6
 
-# Fields of a line in reading order, each with its rank: a live line that is too long drops the highest rank first.
-_FIELD_RANKS = {"loss": 0, "lr": 4, "grad": 5, "rate": 2, "mfu": 3, "wait": 6, "eta": 1}
+# Fields of a line in reading order: rank, key in a record, text of its value. A live line that is too long drops the
+# highest rank first.
+_FIELDS = (
+    (1, "loss", lambda loss: f"loss {loss}"),
+    (5, "lr", lambda lr: f"lr {lr:.2e}"),
+    (6, "grad_norm", lambda norm: f"grad {norm:.2f}" if norm < 1e4 else f"grad {norm:.1e}"),
+    (3, "tokens_per_s", lambda rate: f"{count_text(rate)} tok/s"),
+    (4, "mfu", lambda mfu: f"mfu {mfu:.1%}"),
+    (7, "wait_frac", lambda frac: f"wait {frac:.0%}"),
+    (2, "eta", str),
+)
 
 
 class Progress:
@@ -41,19 +51,15 @@ class Progress:
         before_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._num_steps = num_steps
-        self._start_step = start_step
+        self._num_steps, self._start_step = num_steps, start_step
         self._stream: TextIO | None = stream
-        self._clock = clock
-        self._start_s = clock()
-        self._before_s = before_s
-        self._shown_s = -float("inf")
-        self._num_shown = 0
+        self._is_live = stream.isatty()
+        self._clock, self._start_s, self._before_s = clock, clock(), before_s
+        self._shown_s, self._num_shown = -float("inf"), 0
         self._record: Mapping[str, Any] | None = None
         self._record_is_shown = True
         self._step_times_s: deque[float] = deque(maxlen=MEDIAN_OF_RECORDS)
         self._lock = threading.RLock()  # reentrant: a signal handler may note() in the middle of an update()
-        self._is_live = _is_terminal(stream)
 
     def __enter__(self) -> Progress:
         return self
@@ -67,14 +73,11 @@ class Progress:
             self._record, self._record_is_shown = record, False
             if record.get("step_time_s") is not None:
                 self._step_times_s.append(record["step_time_s"])
-            since_s = self._clock() - self._shown_s
+            interval_s = LIVE_INTERVAL_S if self._is_live else PLAIN_INTERVAL_S
+            is_first = not self._is_live and self._num_shown < PLAIN_FIRST_LINES
             is_last = record["step"] >= self._num_steps
-            if self._is_live:
-                is_due = since_s >= LIVE_INTERVAL_S
-            else:
-                is_due = self._num_shown < PLAIN_FIRST_LINES or since_s >= PLAIN_INTERVAL_S
-            if is_due or is_last:
-                self._show()
+            if is_first or is_last or self._clock() - self._shown_s >= interval_s:
+                self._show(record)
 
     def note(self, text: str) -> None:
         """Prints text on lines of its own, above the live line."""
@@ -83,62 +86,47 @@ class Progress:
                 self._write(text + "\n")
                 return
             first, *others = text.split("\n")
-            blank = " " * (_width(self._stream) - 1)
-            self._write("\r" + "\n".join([first.ljust(len(blank)) if self._num_shown else first, *others]) + "\n")
+            over = _width(self._stream) - 1 if self._num_shown else 0
+            self._write("\r" + "\n".join([first.ljust(over), *others]) + "\n")
             if self._record is not None:
-                self._show()
+                self._show(self._record)
 
     def close(self) -> None:
         """Shows the last record if it was held back, and leaves the cursor on a new line."""
         with self._lock:
             if self._record is not None and not self._record_is_shown:
-                self._show()
+                self._show(self._record)
             if self._is_live and self._num_shown:
                 self._write("\n")
             self._stream = None
 
-    def _show(self) -> None:
-        assert self._record is not None
-        fields = self._fields(self._record)
-        step = self._record["step"]
+    def _show(self, record: Mapping[str, Any]) -> None:
+        fields = self._fields(record)
         if self._is_live:
             columns = max(_width(self._stream) - 1, 1)  # the last column makes some terminals wrap
-            self._write("\r" + _live_line(fields, step=step, num_steps=self._num_steps, columns=columns))
+            self._write("\r" + _live_line(fields, step=record["step"], num_steps=self._num_steps, columns=columns))
         else:
-            self._write("  ".join([f"step {step}/{self._num_steps}", *fields.values()]) + "\n")
+            self._write("  ".join([f"step {record['step']}/{self._num_steps}", *fields.values()]) + "\n")
         self._record_is_shown = True
         self._num_shown += 1
         self._shown_s = self._clock()
 
-    def _fields(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """Text of each field of _FIELD_RANKS that this record has, in reading order."""
-        known = {key: value for key, value in record.items() if value is not None}
-        # a log keeps the loss exactly; a live line keeps its width
-        fields = {"loss": f"loss {record['loss']:.4f}" if self._is_live else f"loss {loss_text(record['loss'])}"}
-        if "lr" in known:
-            fields["lr"] = f"lr {known['lr']:.2e}"
-        if "grad_norm" in known:
-            fields["grad"] = (
-                f"grad {known['grad_norm']:.2f}" if known["grad_norm"] < 1e4 else f"grad {known['grad_norm']:.1e}"
-            )
-        if "tokens_per_s" in known:
-            fields["rate"] = f"{count_text(known['tokens_per_s'])} tok/s"
-        if "mfu" in known:
-            fields["mfu"] = f"mfu {100 * known['mfu']:.1f}%"
-        if "data_wait_s" in known and known.get("step_time_s"):
-            fields["wait"] = f"wait {100 * known['data_wait_s'] / known['step_time_s']:.0f}%"
-        fields["eta"] = self._eta_text(record["step"])
-        return fields
+    def _fields(self, record: Mapping[str, Any]) -> dict[int, str]:
+        """The texts that a line has of this record, in reading order: rank -> text."""
+        loss = record["loss"]  # a log keeps it exactly; a live line keeps its width
+        shown = {**record, "loss": f"{loss:.4f}" if self._is_live else loss_text(loss)}
+        if record.get("step_time_s") and "data_wait_s" in record:
+            shown["wait_frac"] = record["data_wait_s"] / record["step_time_s"]
+        shown["eta"] = self._eta_text(record["step"])
+        return {rank: text(shown[key]) for rank, key, text in _FIELDS if shown.get(key) is not None}
 
     def _eta_text(self, step: int) -> str:
         elapsed_s = self._clock() - self._start_s
         if step >= self._num_steps:
             return f"took {duration_text(self._before_s + elapsed_s)}"
-        if self._step_times_s:  # the median, so that a slow first step or a pause does not move it
-            step_time_s = statistics.median(self._step_times_s)
-        else:
-            step_time_s = elapsed_s / max(step - self._start_step, 1)
-        return f"eta {duration_text(step_time_s * (self._num_steps - step))}"
+        times_s = self._step_times_s or [elapsed_s / max(step - self._start_step, 1)]
+        left_s = statistics.median(times_s) * (self._num_steps - step)  # median: one slow step does not move it
+        return f"eta {duration_text(left_s)}"
 
     def _write(self, text: str) -> None:
         if self._stream is None:
@@ -147,8 +135,8 @@ class Progress:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
-        except BrokenPipeError:
-            _silence(self._stream)
+        except BrokenPipeError:  # else Python's flush at exit fails too, and the exit code becomes 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             self._stream = None
         except ValueError:  # the stream object itself was closed
             self._stream = None
@@ -156,49 +144,21 @@ class Progress:
             pass
 
 
-def _live_line(fields: Mapping[str, str], *, step: int, num_steps: int, columns: int) -> str:
+def _live_line(fields: Mapping[int, str], *, step: int, num_steps: int, columns: int) -> str:
     """A percent bar and the fields that fit, padded to exactly `columns` characters so that it covers the last one."""
-    done_frac = min(max(step / max(num_steps, 1), 0.0), 1.0)
-    percent = f"{int(100 * done_frac):3d}%"
-    shown = dict(fields)
-    while True:
-        text = "  ".join([f"{step}/{num_steps}", *shown.values()])
-        room = columns - len(percent) - len(text) - 2
-        if room >= 0 or not shown:
-            break
-        del shown[max(shown, key=_FIELD_RANKS.__getitem__)]
-    bar = ""
+    done_frac = min(step / num_steps, 1.0)
+    left = f"{int(100 * done_frac):3d}%"
+    shown = {0: f"{step}/{num_steps}", **fields}
+    while (room := columns - len("  ".join([left, *shown.values()]))) < 0 and len(shown) > 1:
+        del shown[max(shown)]
     if room >= NARROWEST_BAR + 3:
         inner = min(room - 3, WIDEST_BAR)
-        bar = f" [{('=' * int(inner * done_frac) + '>')[:inner]:<{inner}}]"
-    return f"{percent}{bar}  {text}".ljust(columns)[:columns]
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except ValueError:
-        return False
+        left += f" [{('=' * int(inner * done_frac) + '>')[:inner]:<{inner}}]"
+    return "  ".join([left, *shown.values()]).ljust(columns)[:columns]
 
 
 def _width(stream: TextIO | None) -> int:
     """Columns of the terminal behind stream; 80 if it does not say (some report 0)."""
-    if stream is None:
-        return 80
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
-def _silence(stream: TextIO) -> None:
-    """Points a broken pipe's descriptor at /dev/null: else Python's flush at exit fails and the exit code becomes 120.
-
-    Source: Python documentation, library/signal, "Note on SIGPIPE".
-    """
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        return (stream and os.get_terminal_size(stream.fileno()).columns) or 80
+    return 80

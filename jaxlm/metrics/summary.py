@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -43,36 +45,34 @@ class Summary:
     num_nonfinite_losses: int
 
 
-def points(records: Sequence[Mapping[str, Any]], *, key: str) -> list[Point]:
+def points(records: Sequence[Mapping[str, Any]], *, key: str, finite: bool = False) -> list[Point]:
     """The values of one field, `loss` or `eval_loss` say, in file order; records without it are passed over."""
-    return [Point(record["step"], record[key]) for record in records if record.get(key) is not None]
+    found = [Point(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [point for point in found if math.isfinite(point.value)] if finite else found
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> Summary:
-    """Raises: ValueError if records is empty."""
-    if not records:
-        raise ValueError("a run without metrics has no results")
     train, evaluated = points(records, key="loss"), points(records, key="eval_loss")
-    finite = [point for point in train if math.isfinite(point.value)]
+    finite, by_value = points(records, key="loss", finite=True), attrgetter("value")
     logged = [record for record in records if record.get("loss") is not None]
     num_steps = _steps_covered([record["step"] for record in logged])
     train_time_s, data_wait_s = (
         sum(n * (record.get(key) or 0.0) for n, record in zip(num_steps, logged, strict=True))
         for key in ("step_time_s", "data_wait_s")
     )
-    end = smoothed(np.array([point.value for point in finite])) if finite else None
+    end = smoothed(np.array([point.value for point in finite]))
     return Summary(
         step=max(record["step"] for record in records),
         tokens=max((record["tokens"] for record in logged if record.get("tokens") is not None), default=None),
         train_loss_last=train[-1] if train else None,
-        train_loss_best=_best(train),
-        train_loss_smoothed=Point(finite[-1].step, float(end[-1])) if end is not None else None,
+        train_loss_best=min(finite, key=by_value, default=None),
+        train_loss_smoothed=Point(finite[-1].step, float(end[-1])) if finite else None,
         eval_loss_last=evaluated[-1] if evaluated else None,
-        eval_loss_best=_best(evaluated),
+        eval_loss_best=min(points(records, key="eval_loss", finite=True), key=by_value, default=None),
         train_time_s=train_time_s,
-        step_time_s_median=_median(logged, "step_time_s"),
-        tokens_per_s_median=_median(logged, "tokens_per_s"),
-        mfu_median=_median(logged, "mfu"),
+        step_time_s_median=_median(records, "step_time_s"),
+        tokens_per_s_median=_median(records, "tokens_per_s"),
+        mfu_median=_median(records, "mfu"),
         data_wait_frac=data_wait_s / train_time_s if train_time_s > 0 else None,
         num_nonfinite_losses=len(train) - len(finite),
     )
@@ -83,18 +83,12 @@ def _steps_covered(steps: Sequence[int]) -> list[int]:
 
     The first record of a file whose beginning was lost covers no more than the usual distance between two.
     """
-    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
-    first = [min(steps[0], int(statistics.median(gaps)) if gaps else steps[0])] if steps else []
-    return first + gaps
-
-
-def _best(candidates: Sequence[Point]) -> Point | None:
-    finite = [point for point in candidates if math.isfinite(point.value)]
-    return min(finite, key=lambda point: point.value) if finite else None
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    return [min(steps[0], int(statistics.median(gaps or steps))), *gaps] if steps else []
 
 
 def _median(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [record[key] for record in records if record.get(key) is not None and math.isfinite(record[key])]
+    values = [point.value for point in points(records, key=key, finite=True)]
     return statistics.median(values) if values else None
 
 

@@ -16,8 +16,7 @@ import logging
 import math
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from jaxlm.config import Problem, UserError
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD_FLUSH_S = 10.0
+TENSORBOARD_FLUSH_S = 10.0  # a flush takes 2 to 3 ms: tensorboardX makes it reach the disk
 
 _logger = logging.getLogger(__name__)
 
@@ -82,14 +81,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def mendable(where: str, what: str, remedy: str) -> Iterator[None]:
+    """A failure to write `what` becomes an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(Problem(where, f"{what} cannot be written: {error.strerror or error}", remedy)) from error
+
+
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The records of WORKDIR/metrics.jsonl in file order; [] if there is none. Safe on a file that is being written.
 
     A torn last line is passed over in silence, any other damaged line with a warning.
     """
     records = [_parse(line) for line in _read_lines(Path(workdir) / FILE_NAME)]
-    num_damaged = sum(record is None for record in records[:-1])
-    if num_damaged:
+    if num_damaged := records[:-1].count(None):
         _logger.warning("%s: passed over %d damaged lines", Path(workdir) / FILE_NAME, num_damaged)
     return [record for record in records if record is not None]
 
@@ -103,95 +110,33 @@ def _read_lines(path: Path) -> list[bytes]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """One record, or None for a line that is torn or damaged (no proper prefix of an object is valid JSON)."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
         record = from_json_values(json.loads(line))
-    except (ValueError, TypeError, AttributeError):
-        return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+        return record if type(record["step"]) is int else None
 
 
 def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
     """Rewrites the file to hold, whole, exactly the lines of steps <= resume_step.
 
-    Returns: how many lines were unreadable, and how many were of later steps.
-
     Of two lines with the same step and the same fields the later stands, in the earlier one's place: a run that went
     over a step twice reads as if it had gone over it once.
+    Returns: how many lines were unreadable, and how many were of later steps.
     """
-    kept: dict[tuple[int, frozenset[str]], bytes] = {}
     lines = _read_lines(path)
     records = [_parse(line) for line in lines]
-    for line, record in zip(lines, records, strict=True):
-        if record is not None and record["step"] <= resume_step:
-            kept[record["step"], frozenset(record)] = line
+    kept = {
+        (record["step"], frozenset(record)): line
+        for line, record in zip(lines, records, strict=True)
+        if record and record["step"] <= resume_step
+    }
     data = b"".join(line + b"\n" for line in kept.values())
     if path.exists() and path.read_bytes() != data:
         write_atomically(path, data)
     num_later = sum(record is not None and record["step"] > resume_step for record in records)
-    return sum(record is None for record in records[:-1]), num_later  # the last is the line that the run's end tore
+    return records[:-1].count(None), num_later  # the last is the line that the run's end tore
 
 
-class _JsonLines:
-    """Appends lines to a file; a line that cannot be written waits, in order, for the next write."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._waiting: deque[bytes] = deque()
-        self._descriptor: int | None = None
-        self._end_bytes = -1  # of the last whole line; -1: not opened yet
-        self._open()
-
-    def _open(self) -> int:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._descriptor = descriptor
-        size_bytes = os.fstat(descriptor).st_size
-        if 0 <= self._end_bytes < size_bytes:
-            os.ftruncate(descriptor, self._end_bytes)  # part of a line that did not fit
-        else:
-            self._end_bytes = size_bytes
-        return descriptor
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    def write(self, line: bytes) -> None:
-        """Raises OSError if it or an earlier line is still waiting."""
-        self._waiting.append(line)
-        self.drain()
-
-    def drain(self) -> None:
-        try:
-            descriptor = self._open() if self._descriptor is None else self._descriptor
-            while self._waiting:
-                rest = memoryview(self._waiting[0])
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-                self._end_bytes += len(self._waiting.popleft())
-        except OSError:
-            self._close()  # a stale handle (NFS) must not fail every retry
-            raise
-
-    def flush(self) -> None:
-        self.drain()
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # the write that failed has been reported; close repeats its error
-                os.close(descriptor)
-
-    def close(self) -> None:
-        try:
-            if self._waiting:
-                self.drain()
-        finally:
-            self._close()
-
-
-class _TensorBoard:
+class _TensorBoard(EventsWriter):
     """Scalars in a TensorBoard event file, written on the caller's thread.
 
     tensorboardX's SummaryWriter hands events to a thread of its own; a full disk kills that thread, and the tenth event
@@ -201,30 +146,24 @@ class _TensorBoard:
     def __init__(self, folder: Path, *, purge_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within one second from sharing, and so overwriting, one file.
-        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
+        super().__init__(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
+        self._flushed_s = -math.inf
         # TensorBoard hides what earlier files hold of this step and later ones.
-        restart = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(wall_time=time.time(), step=purge_step, session_log=restart))
-        self._events.flush()
-        self._flushed_s = time.monotonic()
+        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        numbers = {
-            key: float(value)
+        values = [
+            Summary.Value(tag=key, simple_value=value)
             for key, value in record.items()
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()])
-        self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
+            if key != "step" and type(value) in (int, float)
+        ]
+        self._add(record["step"], summary=Summary(value=values))
+
+    def _add(self, step: int, **what: Any) -> None:
+        self.write_event(Event(wall_time=time.time(), step=step, **what))
         if time.monotonic() - self._flushed_s > TENSORBOARD_FLUSH_S:
             self.flush()
-
-    def flush(self) -> None:
-        self._events.flush()
-        self._flushed_s = time.monotonic()
-
-    def close(self) -> None:
-        self._events.close()
+            self._flushed_s = time.monotonic()
 
 
 class MetricsLog:
@@ -249,24 +188,22 @@ class MetricsLog:
     ):
         self._warn = warn
         self._path = Path(workdir) / FILE_NAME
-        self._warned_lines = False
-        try:
+        self._waiting: list[bytes] = []
+        self._warned = False
+        remedy = "give --workdir a folder that you may write to and that has space left"
+        with mendable(str(self._path), "the metrics file", remedy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             num_damaged, num_later = _cut_back(self._path, resume_step=resume_step)
-            self._lines = _JsonLines(self._path)
-        except OSError as error:
-            rule = f"the metrics file cannot be written: {error.strerror or error}"
-            remedy = "give --workdir a folder that you may write to and that has space left"
-            raise UserError(Problem(str(self._path), rule, remedy)) from error
+            with open(self._path, "ab") as file:
+                self._end_bytes = file.tell()  # of the last whole line
         if num_damaged:
             warn(f"{self._path}: took out {num_damaged} damaged lines")
         if num_later:
             warn(f"{self._path}: took out {num_later} lines past step {resume_step}: those steps are made again")
         self._tensorboard: _TensorBoard | None = None
         if tensorboard:
-            self._tensorboard = self._try_tensorboard(
-                lambda: _TensorBoard(self._path.parent / "tensorboard", purge_step=resume_step + 1)
-            )
+            with self._tensorboard_or_off():
+                self._tensorboard = _TensorBoard(self._path.parent / "tensorboard", purge_step=resume_step + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -282,38 +219,51 @@ class MetricsLog:
         values = to_json_values(record)
         if type(values.get("step")) is not int:
             raise ValueError(f"a metrics record needs an integer step, not {values.get('step')!r}")
-        line = json.dumps(values, allow_nan=False).encode() + b"\n"
-        self._try_lines(lambda: self._lines.write(line))
-        if tensorboard := self._tensorboard:
-            self._try_tensorboard(lambda: tensorboard.write(from_json_values(values)))
+        self._waiting.append(json.dumps(values, allow_nan=False).encode() + b"\n")
+        self._append()
+        with self._tensorboard_or_off():
+            if self._tensorboard:
+                self._tensorboard.write(from_json_values(values))
 
     def flush(self) -> None:
         """Brings everything written so far to the disk, where it survives the machine."""
-        self._try_lines(self._lines.flush)
-        if self._tensorboard:
-            self._try_tensorboard(self._tensorboard.flush)
+        self._append(sync=True)
+        with self._tensorboard_or_off():
+            if self._tensorboard:
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Makes a last try at lines that wait; says how many are lost if it fails."""
-        self._try_lines(self._lines.close)
-        if self._lines.num_waiting:
-            self._warn(f"{self._path}: {self._lines.num_waiting} lines could not be written and are lost")
-        if self._tensorboard:
-            self._try_tensorboard(self._tensorboard.close)
+        self._append()
+        if self._waiting:
+            self._warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
+        with self._tensorboard_or_off():
+            if self._tensorboard:
+                self._tensorboard.close()
         self._tensorboard = None
 
-    def _try_lines(self, action: Callable[[], None]) -> None:
+    def _append(self, *, sync: bool = False) -> None:
+        """Writes the lines that wait, in order. Opens the file anew: a stale handle (NFS) must not fail every retry."""
         try:
-            action()
+            with open(self._path, "ab") as file:
+                self._end_bytes = min(self._end_bytes, file.tell())
+                file.truncate(self._end_bytes)  # of a line that did not fit, a part may be there
+                while self._waiting:
+                    rest = self._waiting[0]
+                    while rest:
+                        rest = rest[os.write(file.fileno(), rest) :]
+                    self._end_bytes += len(self._waiting.pop(0))
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
-            if not self._warned_lines:
-                self._warned_lines = True
+            if not self._warned:
+                self._warned = True
                 self._warn(f"{self._path}: {error.strerror or error}; lines wait in memory until a write succeeds")
 
-    def _try_tensorboard(self, action: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _tensorboard_or_off(self) -> Iterator[None]:
         try:
-            return action()
+            yield
         except Exception as error:  # whatever it is, it is not worth a training run
             self._tensorboard = None
             self._warn(f"TensorBoard is off from here on: {type(error).__name__}: {error}")
-            return None

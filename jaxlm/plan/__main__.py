@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.config import Config, Problem, UserError
-from jaxlm.metrics.writer import write_atomically
+from jaxlm.metrics.writer import mendable, write_atomically
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import mesh_shape
 from jaxlm.parallel.rules import with_rows
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if unknown and args.devices is None:
         print(f"\n{unknown[0]} was counted as 1: --devices N checks that microbatches split over N devices")
     if args.png:
-        write_picture(args.png, picture(schedule, stages=stages))
+        with mendable(f"--png={args.png}", "the picture", "name a file in a folder that exists and is writable"):
+            write_atomically(args.png, picture(schedule, stages=stages))
         print(f"\npicture: {args.png}")
     return 0
 
@@ -78,16 +79,6 @@ def configured_schedule(config: Config, *, num_devices: int | None) -> tuple[Sch
         raise UserError(Problem(where, rule, f"set --config.mesh.{AXIS} to 2 or more, and as you like {keys}"))
     rows = next(rule.compute for rule in with_rows(config.mesh.rules) if rule.dim == "batch")
     return plan_stages(config, num_stages=shape[AXIS], num_row_shards=math.prod(shape[axis] for axis in rows))
-
-
-def write_picture(path: Path, png: bytes) -> None:
-    try:
-        write_atomically(path, png)
-    except OSError as error:
-        rule = f"the picture cannot be written: {error.strerror or error}"
-        raise UserError(
-            Problem(f"--png={path}", rule, "name a file in a folder that exists and is writable")
-        ) from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # Dims: P stages (S in what is drawn), T ticks, M microbatches, R repeats.
 """A pipeline's ticks by stage, with its bubble: as text, and as a picture whose widths are times.
 
-Both draw what `Schedule.forward` and `Schedule.backward` say, so what is seen is what the trainer runs. A tick has up to
-two halves, a forward and a backward; a half that no stage needs (`Schedule.phases`) is not run and is left blank.
+Both draw what `Schedule.forward` and `Schedule.backward` say: what the trainer runs. A tick has up to two halves, a
+forward and a backward; a half that no stage needs (`Schedule.phases`) is not run and is left blank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import colorsys
 import io
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Half:
     """All work of one direction. runs: bool[T], whether the tick has this half; on: bool[P, T], whether the stage has
     work in it; microbatch, repeat: i32[P, T], of that work."""
 
-    name: Literal["F", "B"]
+    name: str
     runs: np.ndarray
     on: np.ndarray
     microbatch: np.ndarray
@@ -68,12 +68,8 @@ def most_kept(schedule: Schedule) -> np.ndarray:
     return (np.cumsum(forward.on, 1) - np.cumsum(backward.on, 1) + backward.on).max(1)
 
 
-def label(schedule: Schedule, microbatch: int, repeat: int) -> str:
-    """`3`; with repeats `3a`, `3b`, ... and from the 27th on `3.27`."""
-    return f"{microbatch}" + ("" if schedule.repeats == 1 else repeat_name(repeat))
-
-
 def repeat_name(repeat: int) -> str:
+    """a, b, ... and from the 27th on .27."""
     return chr(ord("a") + repeat) if repeat < 26 else f".{repeat + 1}"
 
 
@@ -85,31 +81,27 @@ def bubble(schedule: Schedule) -> str:
 
 
 def text(schedule: Schedule, *, stages: Stages, width: int) -> str:
-    """What the schedule is in words and numbers, and a column a tick, folded into blocks of at most `width` characters."""
-    lines = [line for name, words in facts(schedule, stages).items() for line in _entry(name, words, width)]
+    """The schedule's `facts`, and a column a tick, folded into blocks of at most `width` characters."""
+    T, P, lines = schedule.num_ticks, schedule.stages, []
+    for name, words in facts(schedule, stages).items():
+        lines += textwrap.wrap(words, max(width, 40), initial_indent=name.ljust(14), subsequent_indent=" " * 14)
     repeat = "" if schedule.repeats == 1 else ", letter: repeat"
     lines += ["", *textwrap.wrap(LEGEND.format(repeat=repeat), max(width, 20))]
-    T, digits = schedule.num_ticks, len(str(schedule.stages - 1))
+
     cells = {half.name: _cells(schedule, half) for half in halves(schedule)}
-    cell = max(len(str(T - 1)), *(len(entry) for rows in cells.values() for entry in rows.flat))
-    starts = {start for start, *_ in schedule.phases[1:]}
-    margin = len("stage  F") + digits
+    rows = {f"stage {s:>{len(str(P - 1))}} {half}": cells[half][s] for s in range(P) for half in cells}
+    rows = {"tick": [str(t) for t in range(T)], **rows}
+    margin, cell = max(map(len, rows)), max(len(entry) for row in rows.values() for entry in row)
+    bars = {start: "|" for start, *_ in schedule.phases[1:]}
     fit = max((width - margin) // (cell + 1), 1)
     each = -(-T // -(-T // fit))  # as few blocks as fit, of about the same length
     for first in range(0, T, each):
-        ticks = range(first, min(first + each, T))
-
-        def row(name: str, entries: Any, ticks: range = ticks) -> str:
-            line = "".join(("|" if t in starts else " ") + str(entries[t]).rjust(cell) for t in ticks)
-            return (name.ljust(margin) + line).rstrip()
-
-        lines += ["", row("tick", range(T))]
-        for s in range(schedule.stages):
-            name = f"stage {s:>{digits}} "
-            for half, rows in cells.items():
-                if any(rows[s, t] for t in ticks):
-                    lines.append(row(name + half, rows[s]))
-                    name = " " * len(name)
+        lines.append("")
+        for name, row in rows.items():
+            line = "".join(bars.get(t, " ") + row[t].rjust(cell) for t in range(first, min(first + each, T)))
+            if line.strip(" |"):
+                is_same_stage = lines[-1].startswith(name[:-1])
+                lines.append(((name[-1].rjust(margin) if is_same_stage else name.ljust(margin)) + line).rstrip())
     return "\n".join(lines)
 
 
@@ -128,14 +120,9 @@ def facts(schedule: Schedule, stages: Stages) -> dict[str, str]:
         "repeats": f"R = {R}: each microbatch passes each stage {passes}",
         "ticks": f"{schedule.num_ticks} = {ticks}",
         "bubble": f"(S-1)/(M*R+S-1) = {bubble(schedule)} of each stage's time is idle",
-        "activations": f"a stage has room for {schedule.num_slots} microbatches' (num_slots); most in use, by stage: {kept}",
+        "activations": f"a stage has room for {schedule.num_slots} microbatches' (num_slots); "
+        f"most in use, by stage: {kept}",
     }
-
-
-def _entry(name: str, words: str, width: int) -> list[str]:
-    column = " " * len("microbatches  ")
-    first = name.ljust(len(column))
-    return textwrap.wrap(words, max(width, 40), initial_indent=first, subsequent_indent=column)
 
 
 def _cells(schedule: Schedule, half: Half) -> np.ndarray:
@@ -143,7 +130,8 @@ def _cells(schedule: Schedule, half: Half) -> np.ndarray:
     cells = np.full(half.on.shape, "", object)
     cells[:, half.runs] = "."
     for s, t in np.argwhere(half.on):
-        cells[s, t] = label(schedule, int(half.microbatch[s, t]), int(half.repeat[s, t]))
+        repeat = "" if schedule.repeats == 1 else repeat_name(int(half.repeat[s, t]))
+        cells[s, t] = f"{half.microbatch[s, t]}{repeat}"
     return cells
 
 
@@ -158,20 +146,20 @@ def picture(schedule: Schedule, *, stages: Stages) -> bytes:
     """A PNG: stages as rows, time to the right in units of a forward, idle grey: the grey share is the bubble."""
     from matplotlib.figure import Figure
 
-    length = tick_starts(schedule)[-1]
-    margin_in = 1.2
-    width_in = min(max(margin_in + UNIT_IN * length, MIN_WIDTH_IN), MAX_WIDTH_IN)
-    unit_in = (width_in - margin_in) / length
+    starts, margin_in = tick_starts(schedule), 1.2
+    width_in = np.clip(margin_in + UNIT_IN * starts[-1], MIN_WIDTH_IN, MAX_WIDTH_IN)
+    unit_in = (width_in - margin_in) / starts[-1]
+    points = 9 * np.clip(width_in / 14, 1, 1.6)  # a wide picture is looked at from further away
     size = (width_in, 2.2 + ROW_IN * schedule.stages)
     figure = Figure(figsize=size, layout="constrained", facecolor="white", dpi=DPI)
     axes = figure.subplots()
     title = f"{schedule.name}, {schedule.stages} stages, {schedule.microbatches} microbatches"
     title += f", {schedule.repeats} repeats" if schedule.repeats > 1 else ""
     title += f"  ·  bubble (S-1)/(M·R+S-1) = {bubble(schedule)}"
-    for half in halves(schedule):
-        _draw_half(axes, schedule, half, unit_in)
-    points = 9 * min(max(width_in / 14, 1), 1.6)  # a wide picture is looked at from further away
     axes.set_title(title, loc="left", fontsize=points + 3, fontweight="bold", color=INK, pad=1.6 * points + 9)
+    forward, backward = halves(schedule)
+    _draw_half(axes, schedule, forward, starts[:-1], FORWARD_LENGTH, unit_in)
+    _draw_half(axes, schedule, backward, starts[:-1] + FORWARD_LENGTH * forward.runs, BACKWARD_LENGTH, unit_in)
     _draw_axes(axes, schedule, stages, unit_in, points)
     _draw_legend(figure, schedule, points)
     png = io.BytesIO()
@@ -185,28 +173,26 @@ def tick_starts(schedule: Schedule) -> np.ndarray:
     return np.cumsum([0, *(FORWARD_LENGTH * forward.runs + BACKWARD_LENGTH * backward.runs)])
 
 
-def _draw_half(axes: Axes, schedule: Schedule, half: Half, unit_in: float) -> None:
-    starts, (forward, _) = tick_starts(schedule)[:-1], halves(schedule)
-    length = FORWARD_LENGTH if half.name == "F" else BACKWARD_LENGTH
-    left = starts + (0 if half.name == "F" else FORWARD_LENGTH * forward.runs)
+def _draw_half(axes: Axes, schedule: Schedule, half: Half, left: np.ndarray, length: int, unit_in: float) -> None:
+    """left: i64[T], where the half of a tick begins."""
     longest = max(len(str(schedule.microbatches - 1)), len(repeat_name(schedule.repeats - 1)))
     points = min(9.0, 0.8 * 72 * unit_in * length / (0.6 * longest))  # a digit is about 0.6 as wide as high
+    middle = "center" if schedule.repeats > 1 else "center_baseline"
     for s in range(schedule.stages):
-        colors = [
-            color(schedule, half.name, half.microbatch[s, t], half.repeat[s, t]) if half.on[s, t] else IDLE
-            for t in np.flatnonzero(half.runs)
-        ]
-        spans = [(x, length) for x in left[half.runs]]
-        axes.broken_barh(spans, (s - 0.46, 0.92), facecolors=colors, edgecolor="white", linewidth=min(0.8, 6 * unit_in))
-        for t in np.flatnonzero(half.on[s] if points >= 4.5 else []):
-            lines = (f"{half.microbatch[s, t]}", *([repeat_name(half.repeat[s, t])] if schedule.repeats > 1 else []))
-            ink = ink_on(color(schedule, half.name, half.microbatch[s, t], half.repeat[s, t]))
-            at = left[t] + length / 2, s
-            middle = "center" if len(lines) > 1 else "center_baseline"
-            axes.text(*at, "\n".join(lines), fontsize=points, color=ink, ha="center", va=middle)
+        colors: dict[Any, Any] = {t: IDLE for t in np.flatnonzero(half.runs)}
+        for t in np.flatnonzero(half.on[s]):
+            microbatch, repeat = half.microbatch[s, t], half.repeat[s, t]
+            colors[t] = color(schedule, half.name, microbatch, repeat)
+            if points >= 4.5:
+                words = f"{microbatch}\n{repeat_name(repeat)}" if schedule.repeats > 1 else f"{microbatch}"
+                at = left[t] + length / 2, s
+                axes.text(*at, words, fontsize=points, color=ink_on(colors[t]), ha="center", va=middle)
+        spans = [(float(left[t]), length) for t in colors]
+        height, line = (s - 0.46, 0.92), min(0.8, 6 * unit_in)
+        axes.broken_barh(spans, height, facecolors=list(colors.values()), edgecolor="white", linewidth=line)
 
 
-def color(schedule: Schedule, name: Literal["F", "B"], microbatch: int, repeat: int) -> tuple[float, float, float]:
+def color(schedule: Schedule, name: str, microbatch: int, repeat: int) -> tuple[float, float, float]:
     """RGB: the direction's hue, turned with the repeat, darker with the microbatch."""
     first, last = HUES[name]
     hue = first + (last - first) * repeat / max(schedule.repeats - 1, 1)
@@ -227,24 +213,22 @@ def _draw_axes(axes: Axes, schedule: Schedule, stages: Stages, unit_in: float, p
     layers = np.reshape(stages.counts, (schedule.repeats, P)).sum(0)
     names = [f"stage {s}: {n} {'layer' if n == 1 else 'layers'}" for s, n in enumerate(layers)]
     axes.set_yticks(range(P), names)
-    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if n * unit_in >= 0.25 or n == 1000)
+    every = next((n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n * unit_in >= 0.25), 1000)
     shown = range(0, schedule.num_ticks, every)
     axes.set_xticks([(starts[t] + starts[t + 1]) / 2 for t in shown], [f"{t}" for t in shown])
     axes.tick_params(colors=INK, length=0, labelsize=9)
     axes.spines[:].set_visible(False)
-    widths = f"a forward is {FORWARD_LENGTH} wide, a backward {BACKWARD_LENGTH}, a tick with both"
-    axes.set_xlabel(
-        f"tick  ({widths} {FORWARD_LENGTH + BACKWARD_LENGTH}: widths are times)", color=INK, fontsize=points + 1
-    )
+    F, B = FORWARD_LENGTH, BACKWARD_LENGTH
+    widths = f"a forward is {F} wide, a backward {B}, a tick with both {F + B}: widths are times"
+    axes.set_xlabel(f"tick  ({widths})", color=INK, fontsize=points + 1)
     for start, stop, f, b in schedule.phases:
         room_in = unit_in * (starts[stop] - starts[start])
         name = next((name for name in PHASES[f, b] if points * len(name) / 120 + 0.1 <= room_in), "")
-        at = (starts[start] + starts[stop]) / 2, -0.5
-        axes.annotate(
-            name, at, (0, 6), textcoords="offset points", fontsize=points, color=INK, ha="center", va="bottom"
-        )
+        middle = (starts[start] + starts[stop]) / 2
+        style: dict[str, Any] = {"fontsize": points, "color": INK, "ha": "center", "va": "bottom"}
+        axes.annotate(name, (middle, -0.5), (0, 6), textcoords="offset points", **style)
         if start:
-            axes.axvline(starts[start], color=INK, linewidth=1.2, linestyle=(0, (4, 2)), ymax=1.0)
+            axes.axvline(starts[start], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
 
 
 def _draw_legend(figure: Figure, schedule: Schedule, points: float) -> None:
@@ -253,17 +237,15 @@ def _draw_legend(figure: Figure, schedule: Schedule, points: float) -> None:
 
     last, R = schedule.microbatches - 1, schedule.repeats
     shown = range(R) if R <= 4 else (0, R // 2, R - 1)
-    directions: tuple[tuple[Literal["F", "B"], str], ...] = (("F", "forward"), ("B", "backward"))
-    handles, names = [], []
+    shades = 0, last // 2, last
+    handles: dict[str, Any] = {}
     for r in shown:
-        for name, words in directions:
-            shades = (0, last // 2, last)
-            handles.append(tuple(Patch(color=color(schedule, name, m, r), linewidth=0) for m in shades))
-            names.append(words if R == 1 else f"{words}, repeat {repeat_name(r)}")
-    handles.append((Patch(color=IDLE, linewidth=0),))
-    names.append("idle")
+        for name, words in (("F", "forward"), ("B", "backward")):
+            patches = tuple(Patch(color=color(schedule, name, m, r), linewidth=0) for m in shades)
+            handles[words if R == 1 else f"{words}, repeat {repeat_name(r)}"] = patches
+    handles["idle"] = (Patch(color=IDLE, linewidth=0),)
     figure.legend(
-        handles, names, loc="outside lower center", ncols=3 if R == 1 else len(shown) + 1, frameon=False,
-        labelcolor=INK, fontsize=points, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)}, handlelength=3,
-        title=f"light to dark: microbatch 0 to {last}", title_fontproperties={"size": points},
+        list(handles.values()), list(handles), loc="outside lower center", frameon=False, labelcolor=INK,
+        ncols=3 if R == 1 else len(shown) + 1, handlelength=3, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        fontsize=points, title=f"light to dark: microbatch 0 to {last}", title_fontproperties={"size": points},
     ).get_title().set_color(INK)  # fmt: skip

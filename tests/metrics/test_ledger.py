@@ -1,6 +1,7 @@
 """Every second since the first start of a run is in exactly one place of its account, whatever ended each start."""
 
 import json
+import resource
 
 import pytest
 
@@ -112,6 +113,18 @@ def test_a_full_disk_costs_no_run_and_no_second(tmp_path, clock):
     workdir.mkdir()
     ledger.flush()
     assert read_account(workdir).spent_s["step"] == pytest.approx(40, abs=1e-5)
+
+
+def test_a_line_that_fits_in_part_keeps_its_seconds_for_the_next(tmp_path, clock):
+    ledger = clock.start(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE_NAME).stat().st_size + 10, hard))
+    try:
+        train(clock, ledger, 0, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ledger.flush()
+    assert read_account(tmp_path).spent_s["step"] == pytest.approx(40, abs=1e-5)
 
 
 def test_a_folder_without_an_account_has_none(tmp_path):
