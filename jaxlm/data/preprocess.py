@@ -12,16 +12,15 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import write_whole
 from jaxlm.data.documents import CHUNK_BYTES, expand, read_chunks
-from jaxlm.data.encode import Totals, write_documents
-from jaxlm.data.indexed import NOTHING, IndexedWriter, Mark, optimal_dtype, set_paths
-from jaxlm.data.progress import Progress
+from jaxlm.data.encode import Progress, Totals, write_documents
+from jaxlm.data.indexed import NOTHING, IndexedWriter, Mark, existing, optimal_dtype
 from jaxlm.data.tokenizer import load_tokenizer
 
 
@@ -60,8 +59,7 @@ def run(options: argparse.Namespace) -> list[str]:
         rule = f"tokenizer {tokenizer.spec} has no end-of-document token"
         raise UserError(Problem("--append-eod", rule, "leave the option out, or use another tokenizer"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
-    total_bytes = sum(os.path.getsize(path) for path in files)
-    progress = Progress(total_bytes=total_bytes, log=_to_stderr, bar=sys.stderr.isatty())
+    progress = Progress(files, log=_to_stderr, bar=sys.stderr.isatty())
     journal = Journal(options, files, tokenizer.files)
     totals, marks = (Totals(), {}) if options.overwrite else journal.read()
     if totals.chunks:
@@ -81,7 +79,7 @@ def run(options: argparse.Namespace) -> list[str]:
             workers=options.workers,
             max_bad_lines=options.max_bad_lines,
             bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
-            on_progress=lambda t: progress.written(documents=t.documents, tokens=t.tokens, text_bytes=t.text_bytes),
+            progress=progress,
             before=totals,
             on_shard=lambda t: journal.write(t, {key: writer.flush() for key, writer in writers.items()}),
         )
@@ -104,12 +102,10 @@ class Journal:
 
     def read(self) -> tuple[Totals, dict[str, Mark]]:
         """What an earlier, killed run had done, and where its writers were; nothing if there is none to go on from."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(self.path.read_bytes())
             if record["command"] == self._command:
                 return Totals(**record["totals"]), {key: Mark(*mark) for key, mark in record["marks"].items()}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         return Totals(), {}
 
     def write(self, totals: Totals, marks: dict[str, Mark]) -> None:
@@ -118,21 +114,20 @@ class Journal:
 
 
 def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
-    problems = []
-    if options.workers < 1:
-        problems.append(Problem(f"--workers {options.workers}", "must be at least 1", "use 1 or more"))
-    if options.max_bad_lines < 0:
-        problems.append(Problem(f"--max-bad-lines {options.max_bad_lines}", "must be at least 0", "use 0 or more"))
+    at_least = (("--workers", options.workers, 1), ("--max-bad-lines", options.max_bad_lines, 0))
+    problems = [
+        Problem(f"{name} {value}", f"must be at least {least}", f"use {least} or more")
+        for name, value, least in at_least
+        if value < least
+    ]
     for key in options.json_keys:
         if "/" in key or not key:
             rule = "becomes part of a file name and cannot be empty or hold a slash"
             problems.append(Problem(f"--json-keys {key!r}", rule, "rename the field in the input"))
     if len(set(prefixes)) < len(prefixes) or len(set(options.json_keys)) < len(options.json_keys):
         problems.append(Problem(f"--json-keys {' '.join(options.json_keys)}", "names a key twice", "name it once"))
-    existing = [str(path) for prefix in prefixes for path in set_paths(prefix) if path.exists()]
-    if existing and not options.overwrite:
-        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
-        problems.append(Problem(f"--output-prefix {options.output_prefix}", f"{existing[0]} exists", remedy))
+    if not options.overwrite:
+        problems += existing(options.output_prefix, prefixes)
     if problems:
         raise UserError(*problems)
 
