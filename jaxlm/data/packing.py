@@ -36,10 +36,7 @@ class Packed:
         self.fill_frac = int(size.sum(dtype=np.int64)) / (self.num_samples * seq_len)
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
-        epochs, rows = np.divmod(np.asarray(indices, np.int64), self.num_samples)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            rows[here] = shuffled(rows[here], size=self.num_samples, seed=self.seed, epoch=epoch)
+        _, rows = shuffled(np.asarray(indices, np.int64), size=self.num_samples, seed=self.seed)
         return [self._row(row) for row in rows.tolist()]
 
     def _row(self, row: int) -> list[Span]:
