@@ -235,11 +235,10 @@ class IndexedWriter:
         self.prefix = os.fspath(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
-        self._paths = set_paths(prefix)
         # until it is done: tokens; header and lengths; document index without its leading 0
         self._temporary = [Path(f"{self.prefix}{ending}") for ending in (".bin.tmp", ".idx.tmp", ".doc.tmp")]
         self.num_tokens, self._num_sequences, self.num_documents = resume
-        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._temporary[0].parent.mkdir(parents=True, exist_ok=True)
         file = open_exclusive(self._temporary[0], wait=False)
         if file is None:
             remedy = "wait for it to end, or choose another prefix"
@@ -309,7 +308,7 @@ class IndexedWriter:
         """Write the index and give both files their names."""
         self.flush()
         self._finish_index()
-        bin_path, idx_path = self._paths
+        bin_path, idx_path = set_paths(self.prefix)
         idx_path.unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
         sync_folder(idx_path.parent)
         publish(self._temporary[0], bin_path)
@@ -320,7 +319,7 @@ class IndexedWriter:
 
     def _finish_index(self) -> None:
         """Pointers and document index behind the lengths, then the header before them."""
-        num_entries, file, pointer = self.num_documents + 1, self._files[1], 0
+        file, pointer = self._files[1], 0
         for _, lengths in _read_blocks(self._temporary[1], HEADER.size, "<i4", self._num_sequences):
             sizes = lengths.astype(np.int64) * self.dtype.itemsize
             ends = pointer + np.cumsum(sizes)
@@ -330,7 +329,7 @@ class IndexedWriter:
         for _, entries in _read_blocks(self._temporary[2], 0, "<i8", self.num_documents):
             file.write(entries.tobytes())
         file.seek(0)
-        file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, num_entries))
+        file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, self.num_documents + 1))
         file.flush()
 
     def __enter__(self) -> IndexedWriter:

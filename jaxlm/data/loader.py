@@ -43,9 +43,8 @@ class Loader:
 
     A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
     fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
-    With `mask_eod_loss`, a position whose input is `eod` has weight 0: what follows a document's end is a new document.
-    With `separates`, batches have `starts`: a document starts after each `eod`, and with each span of separate ones.
-    `rewrite` is given the tokens of a sample, and its number.
+    With `mask_eod_loss`, a position whose input is `eod` has weight 0. With `separates`, batches have `starts`: a document
+    starts after each `eod`, and with each span of separate ones. `rewrite` gets a sample's tokens and number.
     Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
@@ -99,10 +98,8 @@ class Loader:
         size, first = self.ramp.size(number), self.ramp.before(number)
         assert size % hosts == 0, "rows split evenly over hosts"
         indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
-        num_real = len(indices) if self.samples.endless else int((indices < self.samples.num_samples).sum())
-        spans = self.samples.spans(indices[:num_real])
-        fill = self._separate if self.samples.separate else self._joined
-        rows = fill(spans, indices)
+        spans = self.samples.spans(indices if self.samples.endless else indices[indices < self.samples.num_samples])
+        rows = self._separate(spans, indices) if self.samples.separate else self._joined(spans, indices)
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)

@@ -10,10 +10,10 @@ from jaxlm.data.samples import Span, TokenRange, refuse_short, shuffled
 
 
 class Packed:
-    """Rows packed by best fit, longest piece first, in an order without state: epoch e reads row `permutation_e(i)`.
+    """Rows packed by best fit, longest piece first, in an order without state; at the start it reads all lengths.
 
     A document of n tokens has n - 1 inputs with a label; those are cut into pieces of at most seq_len. A piece goes into
-    the fullest row that has room for it. Packing takes the lengths of all documents at the start, and 20 bytes each.
+    the fullest row that has room for it.
 
     Attributes: `fill_frac`, inputs over the places of all rows.   Raises: UserError if no document has two tokens.
     Source: Ding et al., Fewer truncations improve language modeling, arXiv:2404.10830, section 3.

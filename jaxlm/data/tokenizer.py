@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # a pair is one character in a str
 EOD_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizer.json files; the first one present is taken.
 EOD_NAMES = (EOD_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -38,12 +40,9 @@ class Tokenizer(abc.ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int32[n]. Raises: UserError if the text has an unpaired surrogate."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            rule = f"holds {text[error.start]!r}, half of a surrogate pair, which is not a character"
-            remedy = "remove it, or replace it by U+FFFD"
-            raise UserError(Problem(f"text, character {error.start}", rule, remedy)) from None
+        if lone := LONE_SURROGATE.search(text):
+            rule = f"holds {lone[0]!r}, half of a surrogate pair, which is not a character"
+            raise UserError(Problem(f"text, character {lone.start()}", rule, "remove it, or replace it by U+FFFD"))
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -219,8 +218,7 @@ def _load_gpt2(spec: str, argument: str) -> Tokenizer:
     missing = [symbol for symbol in symbols if tokenizer.token_to_id(symbol) is None]
     if missing:  # the library would drop those bytes without a word
         _refuse(spec, f"vocab.json lacks {len(missing)} of the 256 byte symbols, such as {missing[0]!r}", remedy)
-    eod = tokenizer.token_to_id(EOD_TEXT)
-    if eod is None:
+    if (eod := tokenizer.token_to_id(EOD_TEXT)) is None:
         _refuse(spec, f"vocab.json has no {EOD_TEXT}", remedy)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -263,8 +261,7 @@ def _load_hf(spec: str, argument: str) -> Tokenizer:
     eod = next((i for name in EOD_NAMES if (i := tokenizer.token_to_id(name)) is not None), None)
     if eod is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        found = ", ".join(special) or "none"
-        rule = f"has no end-of-document token under a usual name; its special tokens: {found}"
+        rule = f"has no end-of-document token under a usual name; its special tokens: {', '.join(special) or 'none'}"
         _refuse(spec, rule, f"add one of {' '.join(EOD_NAMES)} to the file's added_tokens")
     return FastTokenizer(tokenizer, spec, eod, (path,))
 
