@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.documents import Chunk, parse
+from jaxlm.data.documents import Chunk, parse, read_chunks
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -54,25 +54,36 @@ class Totals:
     bad_lines: list[str] = field(default_factory=list)  # the first of them
 
 
-class Progress:
-    """Shows how much of `files` was read, speed and time left: a bar on a terminal, else lines given to `log`."""
+class Reader:
+    """Reads files and shows how far it is, speed and time left: a bar on a terminal, else lines given to `log`."""
 
-    def __init__(self, files: Sequence[str], *, log: Callable[[str], object], bar: bool):
+    def __init__(
+        self,
+        files: Sequence[str],
+        *,
+        log: Callable[[str], object],
+        bar: bool,
+        on_read: Callable[[str, bytes], object] = lambda path, raw: None,
+    ):
+        self._files, self._log, self._on_read = files, log, on_read
         self._total_bytes, self._read_bytes = sum(map(os.path.getsize, files)), 0
         self._start_s = self._line_s = time.perf_counter()
-        self._log = log
         self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, desc="read", leave=False, disable=not bar)
 
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start_s
 
-    def read(self, raw: bytes) -> None:
-        """Note that `raw` came from disk."""
-        self._read_bytes += len(raw)
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of all files; `on_read` gets each path and its bytes as they lie on disk."""
+        for path in self._files:
+            yield from read_chunks(path, on_read=functools.partial(self._note, path))
 
-    def written(self, totals: Totals) -> None:
-        """Show the totals so far."""
+    def _note(self, path: str, raw: bytes) -> None:
+        self._read_bytes += len(raw)
+        self._on_read(path, raw)
+
+    def show(self, totals: Totals) -> None:
         speed = f"{totals.text_bytes / 1e6 / max(self.elapsed_s, 1e-9):.1f} MB/s of text"
         counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
         self._bar.set_postfix_str(f"{speed}, {counts}", refresh=False)
@@ -88,25 +99,24 @@ class Progress:
 
 
 def write_documents(
-    chunks: Iterable[Chunk],
+    reader: Reader,
     *,
     writers: dict[str, IndexedWriter],
     tokenizer: Tokenizer,
     append_eod: bool,
-    progress: Progress,
     bad_lines_remedy: str,
     max_bad_lines: int = 0,
     workers: int = 1,
     before: Totals | None = None,
     on_shard: Callable[[Totals], object] = lambda _: None,
 ) -> Totals:
-    """Encode chunks and append each document to the writer of its key; the result does not depend on `workers`.
+    """Encode what is read and append each document to the writer of its key; the result does not depend on `workers`.
 
     `on_shard` is told now and then how far it is; `before` is such a moment of an earlier call, from which to go on.
-    Raises: UserError past `max_bad_lines` such lines, with `bad_lines_remedy` as what to do.
+    Raises: UserError past `max_bad_lines` lines without text, with `bad_lines_remedy` as what to do.
     """
     totals = before or Totals()
-    keys, rest = tuple(writers), itertools.islice(chunks, totals.chunks, None)
+    keys, rest = tuple(writers), itertools.islice(reader.chunks(), totals.chunks, None)
     for encoded in _encode_all(rest, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
         for number, reason in encoded.bad_lines:
             totals.bad += 1
@@ -122,7 +132,7 @@ def write_documents(
         totals.empty += encoded.num_empty
         totals.text_bytes += encoded.text_bytes
         totals.chunks += 1
-        progress.written(totals)
+        reader.show(totals)
         if totals.chunks % SHARD_CHUNKS == 0:
             on_shard(totals)
     return totals

@@ -214,12 +214,9 @@ def _check_documents(path: Path, num_entries: int, num_sequences: int) -> None:
 class Mark(NamedTuple):
     """How far a writer is."""
 
-    tokens: int
-    sequences: int
-    documents: int
-
-
-NOTHING = Mark(0, 0, 0)
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
 
 
 class IndexedWriter:
@@ -231,13 +228,14 @@ class IndexedWriter:
     Raises: UserError if another process writes this prefix, a token does not fit `dtype`, or a sequence has 2^31 tokens.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark = NOTHING):
+    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark | None = None):
         self.prefix = os.fspath(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
         # until it is done: tokens; header and lengths; document index without its leading 0
         self._temporary = [Path(f"{self.prefix}{ending}") for ending in (".bin.tmp", ".idx.tmp", ".doc.tmp")]
-        self.num_tokens, self._num_sequences, self.num_documents = resume
+        mark = resume or Mark()
+        self.num_tokens, self._num_sequences, self.num_documents = mark
         self._temporary[0].parent.mkdir(parents=True, exist_ok=True)
         file = open_exclusive(self._temporary[0], wait=False)
         if file is None:
@@ -246,9 +244,9 @@ class IndexedWriter:
         for path in self._temporary[1:]:
             path.touch()
         self._files: list[BinaryIO] = [file, *(open(path, "r+b") for path in self._temporary[1:])]  # noqa: SIM115
-        sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * resume.sequences, 8 * resume.documents)
+        sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * mark.sequences, 8 * mark.documents)
         for file, size in zip(self._files, sizes, strict=True):
-            if resume != NOTHING and file.seek(0, os.SEEK_END) < size:
+            if mark != Mark() and file.seek(0, os.SEEK_END) < size:
                 rule = "is shorter than when the command that is to go on was ended"
                 raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, "begin anew: pass --overwrite"))
             file.truncate(size)

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import open_exclusive, sync_folder, write_whole
-from jaxlm.data.documents import Chunk, expand, parse, read_chunks
-from jaxlm.data.encode import Progress, write_documents
+from jaxlm.data.documents import expand, parse, read_chunks
+from jaxlm.data.encode import Reader, write_documents
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from jaxlm.data.tokenizer import CharTokenizer, Tokenizer, build_chars, load_tokenizer
 
@@ -147,23 +147,21 @@ class _Job:
         """Tokenize every source; then replace what an earlier run left, its manifest first and the new one last."""
         files = expand(self.paths, setting="data.path")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own threads; no processes beside a trainer
-        progress = Progress(files, log=lambda line: self.log(f"data: {line}"), bar=False)
+        digests = {path: hashlib.sha256() for path in files}
+        reader = Reader(
+            files,
+            log=lambda line: self.log(f"data: {line}"),
+            bar=False,
+            on_read=lambda path, raw: digests[path].update(raw),
+        )
         tokenizer = self.tokenizer or self._chars_of(files)
-        sources = {path: (os.stat(path), hashlib.sha256()) for path in files}
-
-        def chunks() -> Iterator[Chunk]:
-            for path, (_, digest) in sources.items():
-                yield from read_chunks(
-                    path, on_read=lambda raw, digest=digest: (progress.read(raw), digest.update(raw))
-                )
-
+        stats = [os.stat(path) for path in files]
         with IndexedWriter(self.prefix, dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
             totals = write_documents(
-                chunks(),
+                reader,
                 writers={self.text_key: writer},
                 tokenizer=tokenizer,
                 append_eod=tokenizer.eod is not None,
-                progress=progress,
                 bad_lines_remedy="mend the line, or tokenize with python -m jaxlm.data.preprocess --max-bad-lines N",
             )
             if totals.tokens == 0:
@@ -174,12 +172,12 @@ class _Job:
             if isinstance(tokenizer, CharTokenizer) and self.tokenizer is None:
                 write_whole(Path(self.chars_file), tokenizer.to_json())
         records = [
-            {"path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
-            for path, (stat, digest) in sources.items()
+            {"path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digests[path].hexdigest()}
+            for path, stat in zip(files, stats)
         ]
         made = {"tokens": totals.tokens, "documents": totals.documents}
         self._write_manifest({"settings": self.settings, "set": made, "sources": records, "versions": _versions()})
-        speed = f"{totals.text_bytes / 1e6:.1f} MB in {progress.elapsed_s:.1f} s"
+        speed = f"{totals.text_bytes / 1e6:.1f} MB in {reader.elapsed_s:.1f} s"
         self.log(f"data: tokenized {len(files)} files into {totals.tokens:,} tokens ({speed}): {self.prefix}.bin")
         return tokenizer
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import write_whole
-from jaxlm.data.documents import CHUNK_BYTES, expand, read_chunks
-from jaxlm.data.encode import Progress, Totals, write_documents
-from jaxlm.data.indexed import NOTHING, IndexedWriter, Mark, existing, optimal_dtype
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.documents import CHUNK_BYTES, expand
+from jaxlm.data.encode import Reader, Totals, write_documents
+from jaxlm.data.indexed import IndexedWriter, Mark, existing, optimal_dtype
+from jaxlm.data.tokenizer import KINDS, load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="source files or globs, in this order")
     add("--output-prefix", required=True, metavar="PREFIX", help="start of the paths to write; folders are made")
-    kinds = "bytes | chars:FILE | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE"
-    add("--tokenizer", required=True, metavar="SPEC", help=kinds)
+    add("--tokenizer", required=True, metavar="SPEC", help=KINDS)
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields to tokenize (default: text)")
     add("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document token")
     add("--workers", type=int, default=usable, metavar="N", help=f"processes that tokenize (default: CPUs, {usable})")
@@ -59,27 +58,26 @@ def run(options: argparse.Namespace) -> list[str]:
         rule = f"tokenizer {tokenizer.spec} has no end-of-document token"
         raise UserError(Problem("--append-eod", rule, "leave the option out, or use another tokenizer"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
-    progress = Progress(files, log=_to_stderr, bar=sys.stderr.isatty())
+    reader = Reader(files, log=_to_stderr, bar=sys.stderr.isatty())
     journal = Journal(options, files, tokenizer.files)
     totals, marks = (Totals(), {}) if options.overwrite else journal.read()
     if totals.chunks:
         _to_stderr(f"going on after {totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents")
     with ExitStack() as stack:
-        stack.callback(progress.close)
+        stack.callback(reader.close)
         dtype = optimal_dtype(tokenizer.vocab_size)
         writers = {
-            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key, NOTHING)))
+            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key)))
             for key, prefix in prefixes.items()
         }
         totals = write_documents(
-            (chunk for path in files for chunk in read_chunks(path, on_read=progress.read)),
+            reader,
             writers=writers,
             tokenizer=tokenizer,
             append_eod=options.append_eod,
             workers=options.workers,
             max_bad_lines=options.max_bad_lines,
             bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
-            progress=progress,
             before=totals,
             on_shard=lambda t: journal.write(t, {key: writer.flush() for key, writer in writers.items()}),
         )
@@ -87,7 +85,7 @@ def run(options: argparse.Namespace) -> list[str]:
             remedy = "check --input and --json-keys"
             raise UserError(Problem(f"--input {' '.join(options.input)}", "holds no text", remedy))
     journal.path.unlink(missing_ok=True)
-    return _report(totals, writers, progress.elapsed_s)
+    return _report(totals, writers, reader.elapsed_s)
 
 
 class Journal:

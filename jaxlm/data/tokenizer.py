@@ -159,9 +159,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind, colon, argument = spec.partition(":")
     if kind not in _LOADERS:
         near = difflib.get_close_matches(kind, _LOADERS, n=3, cutoff=0.4)
-        known = " | ".join(usage for usage, _ in _LOADERS.values())
         meant = f"did you mean {' or '.join(_LOADERS[name][0] for name in near)}? " if near else ""
-        raise UserError(Problem(f"tokenizer {spec!r}", "is of no known kind", f"{meant}write one of {known}"))
+        raise UserError(Problem(f"tokenizer {spec!r}", "is of no known kind", f"{meant}write one of {KINDS}"))
     usage, load = _LOADERS[kind]
     if spec != "chars" and (bool(argument) != (":" in usage) or (colon and not argument)):
         raise UserError(Problem(f"tokenizer {spec!r}", f"is not of the form {usage}", f"write {usage}"))
@@ -303,3 +302,4 @@ _LOADERS: dict[str, tuple[str, Callable[[str, str], Tokenizer]]] = {
     "tiktoken": ("tiktoken:NAME", _load_tiktoken),
     "sentencepiece": ("sentencepiece:FILE", _load_sentencepiece),
 }
+KINDS = " | ".join(usage for usage, _ in _LOADERS.values())
