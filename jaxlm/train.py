@@ -27,7 +27,7 @@ from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
 from jaxlm.config import Config, Problem, TrainConfig, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
-from jaxlm.data.loader import Loader, Prefetch, prefetch
+from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.generate import write_sample
 from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
@@ -225,7 +225,7 @@ class Loop:
         done = start
         self.ledger.resume(start)
         with (
-            prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
+            Prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
             jax.transfer_guard("disallow"),
         ):
             if owed:

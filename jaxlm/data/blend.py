@@ -24,7 +24,8 @@ class Greedy:
     """
 
     def __init__(self, weights: Sequence[float], *, exact: bool):
-        self.weights: list[float] = (np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))).tolist()
+        given = np.array(weights, np.float64)
+        self.weights: list[float] = (given / given.sum()).tolist()
         self._exact = exact
         self._counts = [np.zeros(len(weights), np.int64)]  # before each block, as far as they were needed
         self.block = functools.lru_cache(maxsize=4)(self._block)
@@ -51,7 +52,7 @@ class Greedy:
             return self.block(0)
         counts, first = self.counts(block).tolist(), block * BLOCK
         weights = [(k, weight) for k, weight in enumerate(self.weights) if weight > 0 or self._exact]
-        picks = np.empty(BLOCK, np.int64)
+        picks, ranks = np.empty((2, BLOCK), np.int64)
         for i in range(BLOCK):
             at, best, most = float(max(first + i, 1)), 0, float("-inf")
             for k, weight in weights:
@@ -60,7 +61,6 @@ class Greedy:
                     best, most = k, lag
             picks[i] = best
             counts[best] += 1
-        ranks = np.empty(BLOCK, np.int64)
         for k in range(len(counts)):
             mine = np.flatnonzero(picks == k)
             ranks[mine] = np.arange(len(mine))

@@ -84,8 +84,7 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
     training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
     evaluation: dict[str, tuple[TokenRange, ...]] = {}
     for entry in data.eval:
-        found = _NAMED.fullmatch(entry)
-        name, prefix = found.groups() if found else ("", entry)
+        name, prefix = found.groups() if (found := _NAMED.fullmatch(entry)) else ("", entry)
         evaluation[name] = (*evaluation.get(name, ()), whole(IndexedDataset(prefix)))
     if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > config.train.seq_len)):
         evaluation[""] = held_out
@@ -103,11 +102,7 @@ def _by_sequences(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[Tok
     return TokenRange(dataset, start, middle, first), TokenRange(dataset, middle, end, second)
 
 
-def make_ramp(config: Config) -> Ramp:
-    return Ramp(config.train.batch_size, *config.train.batch_ramp)
-
-
-def training_samples(parts: tuple[TokenRange, ...], config: Config) -> Samples:
+def training_samples(parts: tuple[TokenRange, ...], config: Config, ramp: Ramp) -> Samples:
     """The order in which a run reads `parts`."""
     data, train = config.data, config.train
     sized: Any = dict(seq_len=train.seq_len, seed=train.seed)
@@ -115,7 +110,6 @@ def training_samples(parts: tuple[TokenRange, ...], config: Config) -> Samples:
     if weighted and len(weighted) < len(parts):
         bare = next(part for part in parts if not part.weights).dataset.prefix
         raise UserError(Problem(f"data.train: {bare}", "has no weight, and others have", f"write it as 1.0:{bare}"))
-    ramp = make_ramp(config)
     phases = [(ramp.before(step), weights) for step, weights in _phases(parts)]
     if data.order == "megatron":
         total = ramp.before(train.num_steps)
@@ -159,17 +153,16 @@ def same_weights(before: Sequence[str], after: Sequence[str], *, steps: int) -> 
 
 def training_loader(config: Config, corpus: Corpus) -> Loader:
     """The batches a run trains on, without end."""
-    data, rewrite = config.data, None
+    data, train, rewrite = config.data, config.train, None
     if data.fim_rate:
         if max(data.fim_tokens) >= config.model.vocab_size:
             rule = f"is not below the vocabulary size, {config.model.vocab_size}"
             raise UserError(Problem(f"data.fim_tokens: {max(data.fim_tokens)}", rule, "raise model.vocab_size"))
-        prefix, middle, suffix = data.fim_tokens
-        sentinels = (prefix, middle, suffix)
-        rewrite = Infill(corpus.tokenizer, config.train.seed, data.fim_rate, data.fim_spm_rate, sentinels)
-    samples, lengths = training_samples(corpus.training, config), data.row_lengths
-    more = dict(lengths=lengths, rewrite=rewrite, skip=skipped_batches(data.skip_steps))
-    return _loader(config, corpus.tokenizer, samples, make_ramp(config), **more)
+        rewrite = Infill(corpus.tokenizer, train.seed, data.fim_rate, data.fim_spm_rate, data.fim_tokens)
+    ramp = Ramp(train.batch_size, *train.batch_ramp)
+    samples = training_samples(corpus.training, config, ramp)
+    more = dict(lengths=data.row_lengths, rewrite=rewrite, skip=skipped_batches(data.skip_steps))
+    return _loader(config, corpus.tokenizer, samples, ramp, **more)
 
 
 def evaluation_loader(config: Config, parts: tuple[TokenRange, ...], tokenizer: Tokenizer) -> Loader:

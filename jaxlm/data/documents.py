@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from jaxlm.config import Problem, UserError
+from jaxlm.data.tokenizer import LONE_SURROGATE
 
 CHUNK_BYTES = 1 << 20  # of text read before it is handed on; a longer line or plain file is handed on whole
 _READ_BYTES = 1 << 16
@@ -45,9 +46,9 @@ class Parsed:
 
 
 def expand(patterns: tuple[str, ...], *, setting: str) -> list[str]:
-    """Files that the patterns match: in the order of the patterns, sorted within each, each file once.
+    """Files that the patterns of `setting` match: in the order of the patterns, sorted within each, each file once.
 
-    `setting` names where the patterns come from.  Raises: UserError for each pattern that matches nothing or a folder.
+    Raises: UserError for each pattern that matches nothing or a folder.
     """
     files: dict[str, None] = {}
     problems = []
@@ -158,12 +159,8 @@ def _fields(line: bytes, keys: tuple[str, ...]) -> list[str]:
     for key in keys:
         if key not in record:
             raise ValueError(f"has no key {key!r}; its keys: {', '.join(map(repr, list(record)[:8])) or 'none'}")
-        if not isinstance(record[key], str):
-            raise ValueError(f"holds a {type(record[key]).__name__} under {key!r}, not a string")
-        if b"\\u" in line:
-            try:
-                record[key].encode()
-            except UnicodeEncodeError as error:
-                lone = f"{record[key][error.start]!r}, half of a surrogate pair, which is not a character"
-                raise ValueError(f"holds under {key!r} {lone}") from None
+        if not isinstance(text := record[key], str):
+            raise ValueError(f"holds a {type(text).__name__} under {key!r}, not a string")
+        if b"\\u" in line and (lone := LONE_SURROGATE.search(text)):
+            raise ValueError(f"holds under {key!r} {lone[0]!r}, half of a surrogate pair, which is not a character")
     return [record[key] for key in keys]

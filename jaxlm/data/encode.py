@@ -5,27 +5,29 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.documents import Chunk, parse
+from jaxlm.data.documents import Chunk, parse, read_chunks
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHUNKS = 64  # written between two marks from which a killed command goes on
 CHUNKS_PER_WORKER = 3  # read ahead of the writer; bounds memory
 BAD_LINES_KEPT = 20
+LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 
 class Encoded(NamedTuple):
@@ -52,27 +54,69 @@ class Totals:
     bad_lines: list[str] = field(default_factory=list)  # the first of them
 
 
+class Reader:
+    """Reads files and shows how far it is, speed and time left: a bar on a terminal, else lines given to `log`."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        *,
+        log: Callable[[str], object],
+        bar: bool,
+        on_read: Callable[[str, bytes], object] = lambda path, raw: None,
+    ):
+        self._files, self._log, self._on_read = files, log, on_read
+        self._total_bytes, self._read_bytes = sum(map(os.path.getsize, files)), 0
+        self._start_s = self._line_s = time.perf_counter()
+        self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, desc="read", leave=False, disable=not bar)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of all files; `on_read` gets each path and its bytes as they lie on disk."""
+        for path in self._files:
+            yield from read_chunks(path, on_read=functools.partial(self._note, path))
+
+    def _note(self, path: str, raw: bytes) -> None:
+        self._read_bytes += len(raw)
+        self._on_read(path, raw)
+
+    def show(self, totals: Totals) -> None:
+        speed = f"{totals.text_bytes / 1e6 / max(self.elapsed_s, 1e-9):.1f} MB/s of text"
+        counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
+        self._bar.set_postfix_str(f"{speed}, {counts}", refresh=False)
+        self._bar.update(self._read_bytes - self._bar.n)
+        if self._bar.disable and time.perf_counter() - self._line_s >= LINE_EVERY_S:
+            self._line_s = time.perf_counter()
+            left_s = max(self.elapsed_s * (self._total_bytes / max(self._read_bytes, 1) - 1), 0)
+            share = f"{self._read_bytes / 1e6:.1f} of {self._total_bytes / 1e6:.1f} MB read"
+            self._log(f"{share}, {speed}, {counts}, about {left_s:.0f} s left")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
 def write_documents(
-    chunks: Iterable[Chunk],
+    reader: Reader,
     *,
     writers: dict[str, IndexedWriter],
     tokenizer: Tokenizer,
     append_eod: bool,
-    workers: int,
-    max_bad_lines: int,
     bad_lines_remedy: str,
-    on_progress: Callable[[Totals], object],
+    max_bad_lines: int = 0,
+    workers: int = 1,
     before: Totals | None = None,
     on_shard: Callable[[Totals], object] = lambda _: None,
 ) -> Totals:
-    """Encode chunks and append each document to the writer of its key; the result does not depend on `workers`.
+    """Encode what is read and append each document to the writer of its key; the result does not depend on `workers`.
 
-    Empty documents are dropped. A line without text is skipped and counted. `on_shard` is told now and then how far it
-    is; `before` is such a moment of an earlier call, from which this one goes on.
-    Raises: UserError past `max_bad_lines` such lines, with `bad_lines_remedy` as what to do.
+    `on_shard` is told now and then how far it is; `before` is such a moment of an earlier call, from which to go on.
+    Raises: UserError past `max_bad_lines` lines without text, with `bad_lines_remedy` as what to do.
     """
     totals = before or Totals()
-    keys, rest = tuple(writers), itertools.islice(chunks, totals.chunks, None)
+    keys, rest = tuple(writers), itertools.islice(reader.chunks(), totals.chunks, None)
     for encoded in _encode_all(rest, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
         for number, reason in encoded.bad_lines:
             totals.bad += 1
@@ -88,7 +132,7 @@ def write_documents(
         totals.empty += encoded.num_empty
         totals.text_bytes += encoded.text_bytes
         totals.chunks += 1
-        on_progress(totals)
+        reader.show(totals)
         if totals.chunks % SHARD_CHUNKS == 0:
             on_shard(totals)
     return totals
@@ -109,20 +153,19 @@ def encode_chunk(chunk: Chunk, *, tokenizer: Tokenizer, keys: tuple[str, ...], a
 
 
 def _encode_all(
-    chunks: Iterable[Chunk], *, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, workers: int
+    chunks: Iterable[Chunk], *, tokenizer: Tokenizer, workers: int, keys: tuple[str, ...], append_eod: bool
 ) -> Iterator[Encoded]:
     """Encoded chunks in the order of the chunks. One worker is this process."""
+    encode = functools.partial(encode_chunk, keys=keys, append_eod=append_eod)
     if workers == 1:
-        for chunk in chunks:
-            yield encode_chunk(chunk, tokenizer=tokenizer, keys=keys, append_eod=append_eod)
+        yield from (encode(chunk, tokenizer=tokenizer) for chunk in chunks)
         return
-    encode = functools.partial(_encode_in_worker, spec=tokenizer.spec, keys=keys, append_eod=append_eod)
     # spawn: a forked child would inherit locks of this process's threads in whatever state they are
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(encode, chunk))
+            pending.append(pool.submit(_encode_in_worker, encode, chunk, tokenizer.spec))
             if len(pending) >= workers * CHUNKS_PER_WORKER:
                 yield pending.popleft().result()
         while pending:
@@ -145,14 +188,12 @@ def _start_worker() -> None:
 def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    parent.join()
     os._exit(1)
 
 
-def _encode_in_worker(chunk: Chunk, *, spec: str, keys: tuple[str, ...], append_eod: bool) -> Encoded:
-    return encode_chunk(chunk, tokenizer=_load_once(spec), keys=keys, append_eod=append_eod)
+_load_once = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_once(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
+def _encode_in_worker(encode: Callable[..., Encoded], chunk: Chunk, spec: str) -> Encoded:
+    return encode(chunk, tokenizer=_load_once(spec))

@@ -22,7 +22,7 @@ import glob
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -51,19 +51,18 @@ def set_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
 
 
-def temporary_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """What a writer of `prefix` keeps until it is done: tokens, the start of the index, the document index."""
-    bin_path, idx_path = set_paths(prefix)
-    return Path(f"{bin_path}.tmp"), Path(f"{idx_path}.tmp"), Path(f"{os.fspath(prefix)}.doc.tmp")
+def existing(output_prefix: str, prefixes: Sequence[str]) -> list[Problem]:
+    """What is wrong with writing the sets `prefixes` for --output-prefix: the first file that is there, if any."""
+    files = [path for prefix in prefixes for path in set_paths(prefix) if path.exists()]
+    remedy = "choose another --output-prefix, or pass --overwrite to replace it"
+    return [Problem(f"--output-prefix {output_prefix}", f"{path} exists", remedy) for path in files[:1]]
 
 
 class IndexedDataset:
     """A token set on disk, mapped into memory; reading touches only the pages asked for.
 
-    Attributes: `prefix`; `dtype` of the stored tokens; `tokens`, all of them in file order, dtype[num_tokens];
-    `lengths`, int32[S]; `document_indices`, int64[D]. Arrays are read-only views of the files.
+    Attributes: `tokens`, all of them in file order, dtype[num_tokens]; `lengths`, int32[S]; `document_indices`, int64[D].
     Opening reads the whole .idx (20 bytes a document) and the size of the .bin; `jaxlm.data.verify` reads tokens too.
-    Can be pickled: the copy opens the files anew.
     Raises: UserError naming file, offset and expectation if anything in the .idx contradicts the format or the .bin.
     """
 
@@ -72,7 +71,7 @@ class IndexedDataset:
         bin_path, idx_path = set_paths(prefix)
         for path in (idx_path, bin_path):
             if not path.is_file():
-                _refuse_missing(self.prefix, path)
+                raise UserError(Problem(f"token set {self.prefix}", f"{path} is not a file", _remedy_for(self.prefix)))
         raw = _map(idx_path)
         self.dtype, num_sequences, num_entries = _read_header(idx_path, raw)
         pointers_at = HEADER.size + 4 * num_sequences
@@ -118,15 +117,13 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)
 
 
-def _refuse_missing(prefix: str, path: Path) -> NoReturn:
-    remedy = "check the path; a set is a pair PREFIX.bin and PREFIX.idx, and a killed writer leaves no .idx"
-    if prefix.endswith((".bin", ".idx")):
-        remedy = f"give the prefix without its ending: {prefix[:-4]}"
-    elif near := sorted(
-        str(found)[:-4] for found in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}*.idx")
-    ):
-        remedy = f"did you mean {', '.join(near[:3])}?"
-    raise UserError(Problem(f"token set {prefix}", f"{path} is not a file", remedy))
+def _remedy_for(missing: str) -> str:
+    if missing.endswith((".bin", ".idx")):
+        return f"give the prefix without its ending: {missing[:-4]}"
+    near = Path(missing).parent.glob(f"{glob.escape(Path(missing).name)}*.idx")
+    if names := sorted(str(path)[:-4] for path in near):
+        return f"did you mean {', '.join(names[:3])}?"
+    return "check the path; a set is a pair PREFIX.bin and PREFIX.idx, and a killed writer leaves no .idx"
 
 
 def _map(path: Path) -> np.ndarray:
@@ -185,11 +182,8 @@ def _check_sequences(path: Path, num_sequences: int, itemsize: int) -> int:
     for (start, length), (_, pointer) in zip(lengths, _read_blocks(path, pointers_at, "<i8", num_sequences)):
         if int(length.min()) < 0:
             k = int(np.argmax(length < 0))
-            _refuse(
-                path,
-                HEADER.size + 4 * (start + k),
-                f"length of sequence {start + k} is {length[k]}; it cannot be negative",
-            )
+            rule = f"length of sequence {start + k} is {length[k]}; it cannot be negative"
+            _refuse(path, HEADER.size + 4 * (start + k), rule)
         ends = num_tokens + np.cumsum(length, dtype=np.int64)
         expected = (ends - length) * itemsize
         if not np.array_equal(pointer, expected):
@@ -220,50 +214,45 @@ def _check_documents(path: Path, num_entries: int, num_sequences: int) -> None:
 class Mark(NamedTuple):
     """How far a writer is."""
 
-    tokens: int
-    sequences: int
-    documents: int
-
-
-NOTHING = Mark(0, 0, 0)
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
 
 
 class IndexedWriter:
     """Writes a token set as it comes; memory holds nothing of it.
 
-    Files appear under their names only in `close`, an older set of that name being replaced whole; a writer that is
-    killed or leaves its `with` block by an exception leaves the older set, or none, never half of one. What a killed one
-    had written stays in temporary files, and `resume` goes on from a mark that it had passed (`flush`).
-    Raises: UserError if another process writes this prefix, if a token does not fit `dtype`, or if a sequence has
-    2^31 tokens or more.
+    Files appear under their names only in `close`, an older set being replaced whole; a writer that is killed or leaves
+    its `with` block by an exception leaves the older set, or none. What a killed one had written stays in temporary
+    files, and `resume` goes on from a mark that it had passed (`flush`).
+    Raises: UserError if another process writes this prefix, a token does not fit `dtype`, or a sequence has 2^31 tokens.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark = NOTHING):
+    def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark | None = None):
         self.prefix = os.fspath(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
-        self._paths = set_paths(prefix)
-        self._temporary = temporary_paths(prefix)
-        self.num_tokens, self._num_sequences, self.num_documents = resume
-        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        # until it is done: tokens; header and lengths; document index without its leading 0
+        self._temporary = [Path(f"{self.prefix}{ending}") for ending in (".bin.tmp", ".idx.tmp", ".doc.tmp")]
+        mark = resume or Mark()
+        self.num_tokens, self._num_sequences, self.num_documents = mark
+        self._temporary[0].parent.mkdir(parents=True, exist_ok=True)
         file = open_exclusive(self._temporary[0], wait=False)
         if file is None:
             remedy = "wait for it to end, or choose another prefix"
             raise UserError(Problem(f"token set {self.prefix}", "another process is writing it", remedy))
         for path in self._temporary[1:]:
             path.touch()
-        # tokens; header and lengths; document index without its leading 0
         self._files: list[BinaryIO] = [file, *(open(path, "r+b") for path in self._temporary[1:])]  # noqa: SIM115
-        self._open_sequences = 0  # of the document that is being written
-        sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * resume.sequences, 8 * resume.documents)
+        sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * mark.sequences, 8 * mark.documents)
         for file, size in zip(self._files, sizes, strict=True):
-            if resume != NOTHING and file.seek(0, os.SEEK_END) < size:
+            if mark != Mark() and file.seek(0, os.SEEK_END) < size:
                 rule = "is shorter than when the command that is to go on was ended"
                 raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, "begin anew: pass --overwrite"))
             file.truncate(size)
             file.seek(size)
 
-    def add_document(self, tokens: np.ndarray | Iterable[int]) -> None:
+    def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Append a document of one sequence."""
         self.add_sequence(tokens)
         self.end_document()
@@ -272,21 +261,17 @@ class IndexedWriter:
         """Append `len(lengths)` documents of one sequence each, whose tokens lie end to end in `tokens`."""
         self.add_sequences(tokens, lengths=lengths, document_ends=np.arange(1, len(lengths) + 1))
 
-    def add_sequence(self, tokens: np.ndarray | Iterable[int]) -> None:
+    def add_sequence(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Append one sequence to the document that is being written."""
-        values = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
-        self._append(values, np.array([len(values)]))
-        self._open_sequences += 1
+        self._append(np.asarray(tokens), np.array([len(tokens)]))
 
     def end_document(self) -> None:
         """Close the document that is being written; one without sequences is allowed."""
         self._end_documents(np.array([self._num_sequences]))
-        self._open_sequences = 0
 
     def add_sequences(self, tokens: np.ndarray, *, lengths: np.ndarray, document_ends: np.ndarray) -> None:
         """Append whole documents: `document_ends` counts the sequences of `lengths` up to the end of each."""
         assert int(np.sum(lengths, dtype=np.int64)) == len(tokens)
-        assert not self._open_sequences, "end_document was not called after the last sequence"
         first = self._num_sequences
         self._append(tokens, lengths)
         self._end_documents(first + document_ends)
@@ -296,15 +281,14 @@ class IndexedWriter:
         self.num_documents += len(ends)
 
     def _append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        limits = np.iinfo(self.dtype)
+        limits, where = np.iinfo(self.dtype), f"token set {self.prefix}, document {self.num_documents}"
         if len(tokens) and not (limits.min <= int(tokens.min()) and int(tokens.max()) <= limits.max):
             stranger = tokens[(tokens < limits.min) | (tokens > limits.max)][0]
             rule = f"token {stranger} does not fit {self.dtype.name} ({limits.min}..{limits.max})"
             remedy = "the tokenizer gives ids outside its vocab_size: check its files"
-            raise UserError(Problem(f"token set {self.prefix}, document {self.num_documents}", rule, remedy))
+            raise UserError(Problem(where, rule, remedy))
         if len(lengths) and int(lengths.max()) > MAX_SEQUENCE_TOKENS:
             rule = f"has {int(lengths.max())} tokens; the format counts up to {MAX_SEQUENCE_TOKENS}"
-            where = f"token set {self.prefix}, document {self.num_documents}"
             raise UserError(Problem(where, rule, "split the document"))
         self._files[0].write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self._files[1].write(lengths.astype("<i4").tobytes())
@@ -313,7 +297,6 @@ class IndexedWriter:
 
     def flush(self) -> Mark:
         """All that was appended, on the disk; the mark for `resume`."""
-        assert not self._open_sequences, "end_document was not called after the last sequence"
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -323,7 +306,7 @@ class IndexedWriter:
         """Write the index and give both files their names."""
         self.flush()
         self._finish_index()
-        bin_path, idx_path = self._paths
+        bin_path, idx_path = set_paths(self.prefix)
         idx_path.unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
         sync_folder(idx_path.parent)
         publish(self._temporary[0], bin_path)
@@ -334,7 +317,7 @@ class IndexedWriter:
 
     def _finish_index(self) -> None:
         """Pointers and document index behind the lengths, then the header before them."""
-        num_entries, file, pointer = self.num_documents + 1, self._files[1], 0
+        file, pointer = self._files[1], 0
         for _, lengths in _read_blocks(self._temporary[1], HEADER.size, "<i4", self._num_sequences):
             sizes = lengths.astype(np.int64) * self.dtype.itemsize
             ends = pointer + np.cumsum(sizes)
@@ -344,15 +327,8 @@ class IndexedWriter:
         for _, entries in _read_blocks(self._temporary[2], 0, "<i8", self.num_documents):
             file.write(entries.tobytes())
         file.seek(0)
-        file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, num_entries))
+        file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, self.num_documents + 1))
         file.flush()
-
-    def abandon(self) -> None:
-        """Drop what was written."""
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-        for file in self._files:
-            file.close()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -362,7 +338,9 @@ class IndexedWriter:
             if kind is None:
                 self.close()
         finally:
-            if not self._files[0].closed and issubclass(
-                kind or Exception, Exception
-            ):  # who is interrupted goes on later
-                self.abandon()
+            # who is interrupted goes on later; whoever fails drops what was written
+            if not self._files[0].closed and issubclass(kind or Exception, Exception):
+                for path in self._temporary:
+                    path.unlink(missing_ok=True)
+                for file in self._files:
+                    file.close()

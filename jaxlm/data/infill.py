@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ class Infill:
     seed: int
     rate: float
     spm_rate: float
-    sentinels: tuple[int, int, int]
+    sentinels: Sequence[int]
 
     def __call__(self, row: np.ndarray, index: int) -> np.ndarray:
         """The row of sample `index`, rewritten: as many tokens."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -42,9 +43,8 @@ class Loader:
 
     A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
     fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
-    With `mask_eod_loss`, a position whose input is `eod` has weight 0: what follows a document's end is a new document.
-    With `separates`, batches have `starts`: a document starts after each `eod`, and with each span of separate ones.
-    `rewrite` is given the tokens of a sample, and its number.
+    With `mask_eod_loss`, a position whose input is `eod` has weight 0. With `separates`, batches have `starts`: a document
+    starts after each `eod`, and with each span of separate ones. `rewrite` gets a sample's tokens and number.
     Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
@@ -63,8 +63,8 @@ class Loader:
     ):
         if (mask_eod_loss or separates) and eod is None:
             where = "data.mask_eod_loss" if mask_eod_loss else "data.reset_at_eod, data.packing"
-            rule = "the tokenizer has no end-of-document token"
-            raise UserError(Problem(where, rule, "leave it out, or use another tokenizer"))
+            remedy = "leave it out, or use another tokenizer"
+            raise UserError(Problem(where, "the tokenizer has no end-of-document token", remedy))
         assert vocab_size > 0 and (separates or not samples.separate) and (samples.endless or not skip)
         self.samples, self.ramp, self.lengths, self.skip = samples, ramp, lengths, skip
         self.vocab_size = vocab_size
@@ -98,10 +98,8 @@ class Loader:
         size, first = self.ramp.size(number), self.ramp.before(number)
         assert size % hosts == 0, "rows split evenly over hosts"
         indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
-        num_real = len(indices) if self.samples.endless else int((indices < self.samples.num_samples).sum())
-        spans = self.samples.spans(indices[:num_real])
-        fill = self._separate if self.samples.separate else self._joined
-        rows = fill(spans, indices)
+        spans = self.samples.spans(indices if self.samples.endless else indices[indices < self.samples.num_samples])
+        rows = self._separate(spans, indices) if self.samples.separate else self._joined(spans, indices)
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
@@ -133,11 +131,10 @@ class Loader:
         for row, parts in enumerate(spans):
             at = 0
             for dataset, start, stop in parts:
-                here, at = slice(at, at + stop - start - 1), at + stop - start - 1
-                values = _read(dataset, start, stop)
-                tokens[row, here], labels[row, here], weights[row, here], starts[row, here] = (
-                    *(values[:-1], values[1:], 1, here.start),
-                )
+                values, here = _read(dataset, start, stop), slice(at, at + stop - start - 1)
+                tokens[row, here], labels[row, here] = values[:-1], values[1:]
+                weights[row, here], starts[row, here] = 1, at
+                at = here.stop
             starts[row, at:] = at
         return Batch(tokens, labels, weights, starts)
 
@@ -170,71 +167,43 @@ def _read(dataset: IndexedDataset, start: int, stop: int) -> np.ndarray:
     return tokens if tokens.itemsize < 8 else np.clip(tokens, -1, 2**31 - 1)
 
 
-def prefetch(make: Callable[[int], T], *, start: int, stop: int, depth: int) -> Prefetch[T]:
-    """`make(start)` ... `make(stop - 1)` in order, made up to `depth` ahead in a thread; see `Prefetch`.
-
-    Example: with prefetch(loader.batch, start=0, stop=1000, depth=2) as batches:
-                 for batch, wait_s in batches: ...
-    """
-    return Prefetch(make, start=start, stop=stop, depth=depth)
-
-
 class Prefetch(Generic[T]):
-    """An iterator of (value, wait_s): a value and the seconds the caller waited for it.
+    """`make(start)` ... `make(stop - 1)` in order, made up to `depth` ahead in a thread; each with the seconds its caller
+    waited for it.
 
-    The thread starts at once. Depth 0 makes each value when it is asked for, without a thread. An exception of `make`
-    comes out where its value would have. `close`, or leaving the `with` block, waits for the value in the making
-    and ends the thread; afterwards the iterator is exhausted.
+    Depth 0 makes each value when it is asked for. An exception of `make` comes out where its value would have. `close`,
+    or leaving the `with` block, waits for the value in the making; afterwards the iterator is exhausted.
     """
 
     def __init__(self, make: Callable[[int], T], *, start: int, stop: int, depth: int):
-        assert depth >= 0
-        self._make = make
-        self._steps = iter(range(start, stop))
-        self._ready: queue.SimpleQueue[tuple[bool, T | BaseException | None]] = queue.SimpleQueue()
-        self._room = threading.Semaphore(depth)
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if depth else None
-        if self._thread is not None:
-            self._thread.start()
+        self._make, self._steps = make, iter(range(start, stop))
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._ahead: deque[Future[T]] = deque()
+        self._submit(depth)
 
-    def _work(self) -> None:
-        try:
-            for step in self._steps:
-                self._room.acquire()
-                if self._closed:
-                    return
-                self._ready.put((True, self._make(step)))
-            self._ready.put((False, None))
-        except BaseException as error:  # whatever it is, the consumer must not wait for ever
-            self._ready.put((False, error))
+    def _submit(self, count: int) -> None:
+        self._ahead.extend(self._thread.submit(self._make, step) for step in itertools.islice(self._steps, count))
 
     def __iter__(self) -> Iterator[tuple[T, float]]:
         return self
 
     def __next__(self) -> tuple[T, float]:
         start_s = time.perf_counter()
-        if self._closed:
-            raise StopIteration
-        if self._thread is None:
-            try:
+        try:
+            if not self._ahead:  # depth 0, or the end of the steps
                 return self._make(next(self._steps)), time.perf_counter() - start_s
-            except BaseException:  # the end of the steps included
-                self.close()
-                raise
-        there, value = self._ready.get()
-        if not there:
+            value = self._ahead.popleft().result()
+        except BaseException:
             self.close()
-            raise value if isinstance(value, BaseException) else StopIteration
-        self._room.release()
-        return value, time.perf_counter() - start_s  # type: ignore[return-value]
+            raise
+        self._submit(1)
+        return value, time.perf_counter() - start_s
 
     def close(self) -> None:
         """End the thread; values that were made and not taken are dropped."""
-        self._closed = True
-        self._room.release()
-        if self._thread is not None:
-            self._thread.join()
+        self._steps = iter(())
+        self._ahead.clear()
+        self._thread.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Prefetch[T]:
         return self

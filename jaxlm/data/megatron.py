@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.samples import Span, TokenRange, refuse_short
 
 SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch that gives fewer is shuffled by itself
@@ -19,8 +18,8 @@ SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch that gives fewer is
 
 def split_sequences(num_sequences: int, *, shares: Sequence[float]) -> list[range]:
     """The sequences of each share, cut as Megatron's --split cuts them."""
-    ends = np.cumsum(np.array(shares, np.float64) / np.sum(np.array(shares, np.float64))).tolist()
-    bounds = [round(end * float(num_sequences)) for end in (0.0, *ends)]
+    weights = np.array(shares, np.float64)
+    bounds = [round(end * float(num_sequences)) for end in (0.0, *np.cumsum(weights / weights.sum()).tolist())]
     return [range(a, b) for a, b in zip(bounds, bounds[1:])]
 
 
@@ -36,9 +35,7 @@ class MegatronSamples:
     endless = True
 
     def __init__(self, part: TokenRange, *, seq_len: int, seed: int, num_samples: int | None):
-        self.dataset: IndexedDataset = part.dataset
-        self.seq_len = seq_len
-        per_epoch = part.num_tokens
+        self.dataset, self.seq_len, per_epoch = part.dataset, seq_len, part.num_tokens
         if per_epoch < seq_len + 1:
             refuse_short([part], seq_len)
         epochs = 1 if num_samples is None else max(-(-(num_samples * seq_len + 1) // per_epoch), 1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.indexed import IndexedDataset, IndexedWriter, set_paths
+from jaxlm.data.indexed import IndexedDataset, IndexedWriter, existing
 from jaxlm.settings import Parser, run_main
 
 _BLOCK_DOCUMENTS = 1 << 12
@@ -41,10 +41,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the set to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a set that exists")
     options = parser.parse_args(argv)
-    existing = [path for path in set_paths(options.output_prefix) if path.exists()]
-    if existing and not options.overwrite:
-        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
-        raise UserError(Problem(f"--output-prefix {options.output_prefix}", f"{existing[0]} exists", remedy))
+    if not options.overwrite and (problems := existing(options.output_prefix, [options.output_prefix])):
+        raise UserError(*problems)
     merge(options.prefix, options.output_prefix)
     made = IndexedDataset(options.output_prefix)
     print(f"{made.prefix}: {made.num_documents:,} documents, {made.num_tokens:,} tokens of {made.dtype.name}")

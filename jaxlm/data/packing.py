@@ -10,10 +10,10 @@ from jaxlm.data.samples import Span, TokenRange, refuse_short, shuffled
 
 
 class Packed:
-    """Rows packed by best fit, longest piece first, in an order without state: epoch e reads row `permutation_e(i)`.
+    """Rows packed by best fit, longest piece first, in an order without state; at the start it reads all lengths.
 
     A document of n tokens has n - 1 inputs with a label; those are cut into pieces of at most seq_len. A piece goes into
-    the fullest row that has room for it. Packing takes the lengths of all documents at the start, and 20 bytes each.
+    the fullest row that has room for it.
 
     Attributes: `fill_frac`, inputs over the places of all rows.   Raises: UserError if no document has two tokens.
     Source: Ding et al., Fewer truncations improve language modeling, arXiv:2404.10830, section 3.
@@ -36,10 +36,7 @@ class Packed:
         self.fill_frac = int(size.sum(dtype=np.int64)) / (self.num_samples * seq_len)
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
-        epochs, rows = np.divmod(np.asarray(indices, np.int64), self.num_samples)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            rows[here] = shuffled(rows[here], size=self.num_samples, seed=self.seed, epoch=epoch)
+        _, rows = shuffled(np.asarray(indices, np.int64), size=self.num_samples, seed=self.seed)
         return [self._row(row) for row in rows.tolist()]
 
     def _row(self, row: int) -> list[Span]:

@@ -12,17 +12,16 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import write_whole
-from jaxlm.data.documents import CHUNK_BYTES, expand, read_chunks
-from jaxlm.data.encode import Totals, write_documents
-from jaxlm.data.indexed import NOTHING, IndexedWriter, Mark, optimal_dtype, set_paths
-from jaxlm.data.progress import Progress
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.documents import CHUNK_BYTES, expand
+from jaxlm.data.encode import Reader, Totals, write_documents
+from jaxlm.data.indexed import IndexedWriter, Mark, existing, optimal_dtype
+from jaxlm.data.tokenizer import KINDS, load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="source files or globs, in this order")
     add("--output-prefix", required=True, metavar="PREFIX", help="start of the paths to write; folders are made")
-    kinds = "bytes | chars:FILE | gpt2:DIR | hf:FILE.json | tiktoken:NAME | sentencepiece:FILE"
-    add("--tokenizer", required=True, metavar="SPEC", help=kinds)
+    add("--tokenizer", required=True, metavar="SPEC", help=KINDS)
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields to tokenize (default: text)")
     add("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document token")
     add("--workers", type=int, default=usable, metavar="N", help=f"processes that tokenize (default: CPUs, {usable})")
@@ -60,28 +58,26 @@ def run(options: argparse.Namespace) -> list[str]:
         rule = f"tokenizer {tokenizer.spec} has no end-of-document token"
         raise UserError(Problem("--append-eod", rule, "leave the option out, or use another tokenizer"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
-    total_bytes = sum(os.path.getsize(path) for path in files)
-    progress = Progress(total_bytes=total_bytes, log=_to_stderr, bar=sys.stderr.isatty())
+    reader = Reader(files, log=_to_stderr, bar=sys.stderr.isatty())
     journal = Journal(options, files, tokenizer.files)
     totals, marks = (Totals(), {}) if options.overwrite else journal.read()
     if totals.chunks:
         _to_stderr(f"going on after {totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents")
     with ExitStack() as stack:
-        stack.callback(progress.close)
+        stack.callback(reader.close)
         dtype = optimal_dtype(tokenizer.vocab_size)
         writers = {
-            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key, NOTHING)))
+            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key)))
             for key, prefix in prefixes.items()
         }
         totals = write_documents(
-            (chunk for path in files for chunk in read_chunks(path, on_read=progress.read)),
+            reader,
             writers=writers,
             tokenizer=tokenizer,
             append_eod=options.append_eod,
             workers=options.workers,
             max_bad_lines=options.max_bad_lines,
             bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
-            on_progress=lambda t: progress.written(documents=t.documents, tokens=t.tokens, text_bytes=t.text_bytes),
             before=totals,
             on_shard=lambda t: journal.write(t, {key: writer.flush() for key, writer in writers.items()}),
         )
@@ -89,7 +85,7 @@ def run(options: argparse.Namespace) -> list[str]:
             remedy = "check --input and --json-keys"
             raise UserError(Problem(f"--input {' '.join(options.input)}", "holds no text", remedy))
     journal.path.unlink(missing_ok=True)
-    return _report(totals, writers, progress.elapsed_s)
+    return _report(totals, writers, reader.elapsed_s)
 
 
 class Journal:
@@ -104,12 +100,10 @@ class Journal:
 
     def read(self) -> tuple[Totals, dict[str, Mark]]:
         """What an earlier, killed run had done, and where its writers were; nothing if there is none to go on from."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(self.path.read_bytes())
             if record["command"] == self._command:
                 return Totals(**record["totals"]), {key: Mark(*mark) for key, mark in record["marks"].items()}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         return Totals(), {}
 
     def write(self, totals: Totals, marks: dict[str, Mark]) -> None:
@@ -118,21 +112,20 @@ class Journal:
 
 
 def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
-    problems = []
-    if options.workers < 1:
-        problems.append(Problem(f"--workers {options.workers}", "must be at least 1", "use 1 or more"))
-    if options.max_bad_lines < 0:
-        problems.append(Problem(f"--max-bad-lines {options.max_bad_lines}", "must be at least 0", "use 0 or more"))
+    at_least = (("--workers", options.workers, 1), ("--max-bad-lines", options.max_bad_lines, 0))
+    problems = [
+        Problem(f"{name} {value}", f"must be at least {least}", f"use {least} or more")
+        for name, value, least in at_least
+        if value < least
+    ]
     for key in options.json_keys:
         if "/" in key or not key:
             rule = "becomes part of a file name and cannot be empty or hold a slash"
             problems.append(Problem(f"--json-keys {key!r}", rule, "rename the field in the input"))
     if len(set(prefixes)) < len(prefixes) or len(set(options.json_keys)) < len(options.json_keys):
         problems.append(Problem(f"--json-keys {' '.join(options.json_keys)}", "names a key twice", "name it once"))
-    existing = [str(path) for prefix in prefixes for path in set_paths(prefix) if path.exists()]
-    if existing and not options.overwrite:
-        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
-        problems.append(Problem(f"--output-prefix {options.output_prefix}", f"{existing[0]} exists", remedy))
+    if not options.overwrite:
+        problems += existing(options.output_prefix, prefixes)
     if problems:
         raise UserError(*problems)
 

@@ -6,7 +6,6 @@ has Megatron's, `packing.py` rows of whole documents, `blend.py` mixtures of any
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,15 +93,12 @@ def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int,
 class Windows:
     """Windows of all ranges together, in an order without state.
 
-    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples. The permutation is not stored: a
-    Feistel network maps the position in the epoch to a window, so any sample costs the same, whatever the size of the
-    data. A window starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours
-    share one token, the last label of one being the first input of the next. Each epoch has its own permutation and its
-    own start offset in each range, drawn evenly from all that leave room for the range's windows, so that no token is
-    left out for ever. Not shuffled: file order, offset 0, one epoch.
+    Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples; any costs the same. A window
+    starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours share one token.
+    Each epoch has its own permutation and its own start offset in each range, drawn evenly from all that leave room for
+    the range's windows, so that no token is left out for ever. Not shuffled: file order, offset 0, one epoch.
 
-    Attributes: `windows`, int64[ranges], their number in each range: the same in every epoch, and 0 for a range shorter
-    than seq_len + 1.
+    Attributes: `windows`, int64[ranges], their number in each range, the same in every epoch.
     Raises: UserError if no range has a window.
     """
 
@@ -119,43 +115,29 @@ class Windows:
         windows = np.maximum((sizes - 1) // seq_len, 0)
         self.windows = np.where(windows > 1, sizes // seq_len - 1, windows) if shuffle else windows
         self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1)
-        self._ends = np.cumsum(self.windows)
+        self._starts, self._ends = np.array([r.start for r in self.ranges], np.int64), np.cumsum(self.windows)
         self.num_samples = int(self.windows.sum())
         if self.num_samples == 0:
             refuse_short(self.ranges, seq_len)
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
-        which, first = self.starts(np.asarray(indices, np.int64))
+        windows = np.asarray(indices, np.int64)
+        epochs = np.zeros_like(windows)
+        if self.endless:
+            epochs, windows = shuffled(windows, size=self.num_samples, seed=self.seed)
+        which = np.searchsorted(self._ends, windows, side="right")
+        first = self._starts[which] + (windows - (self._ends - self.windows)[which]) * self.seq_len
+        for epoch in np.unique(epochs).tolist() if self.endless else ():
+            here = epochs == epoch
+            first[here] += self._offsets(epoch)[which[here]]
         length = self.seq_len + 1
         return [
-            [Span(self.ranges[k].dataset, start, start + length)]
-            for k, start in zip(which.tolist(), first.tolist(), strict=True)
+            [Span(self.ranges[k].dataset, start, start + length)] for k, start in zip(which.tolist(), first.tolist())
         ]
 
-    def starts(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which range each sample lies in, int64[n], and its first token's position in that range's set, int64[n]."""
-        epochs, positions = np.divmod(indices, self.num_samples)
-        assert len(indices) == 0 or (indices.min() >= 0 and (self.endless or int(epochs.max()) == 0))
-        which = np.empty(len(indices), np.int64)
-        first = np.empty(len(indices), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            which[here], first[here] = self._starts_in_epoch(epoch, positions[here])
-        return which, first
-
-    def _starts_in_epoch(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        windows, offsets = positions, np.zeros(len(self.ranges), np.int64)
-        if self.endless:
-            windows = shuffled(positions, size=self.num_samples, seed=self.seed, epoch=epoch)
-            words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)
-            offsets = (words % self._num_offsets.astype(np.uint64)).astype(np.int64)
-        which = np.searchsorted(self._ends, windows, side="right")
-        within = windows - (self._ends - self.windows)[which]
-        return which, self._range_starts[which] + offsets[which] + within * self.seq_len
-
-    @functools.cached_property
-    def _range_starts(self) -> np.ndarray:
-        return np.array([r.start for r in self.ranges], np.int64)
+    def _offsets(self, epoch: int) -> np.ndarray:
+        words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)
+        return (words % self._num_offsets.astype(np.uint64)).astype(np.int64)
 
 
 def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:
@@ -164,9 +146,13 @@ def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:
     raise UserError(Problem(names, rule, "use more text, a smaller train.seq_len or another data.split"))
 
 
-def shuffled(positions: np.ndarray, *, size: int, seed: int, epoch: int) -> np.ndarray:
-    """What lies at each position of an epoch, int64[n]: a permutation of [0, size) of its own."""
-    return permute(positions, size=size, keys=random_words(FEISTEL_ROUNDS, seed, epoch, _PERMUTATION))
+def shuffled(indices: np.ndarray, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample number, int64[n]: its epoch, and which of `size` samples it is, each epoch in an order of its own."""
+    epochs, chosen = np.divmod(indices, size)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        chosen[here] = permute(chosen[here], size=size, keys=random_words(FEISTEL_ROUNDS, seed, epoch, _PERMUTATION))
+    return epochs, chosen
 
 
 def random_words(count: int, *stream: int) -> np.ndarray:

@@ -7,166 +7,148 @@ that no document can end itself. Nothing is added at the start or the end; who w
 from __future__ import annotations
 
 import abc
+import contextlib
 import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 
 from jaxlm.config import Problem, UserError
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # a pair is one character in a str
 EOD_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizer.json files; the first one present is taken.
 EOD_NAMES = (EOD_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """Ids are int32 in [0, vocab_size)."""
 
-    spec: str  # load_tokenizer(spec) gives an equal tokenizer, in any process with the same working directory
-    vocab_size: int
-    eod: int | None  # marks the end of a document
-    files: tuple[str, ...]  # what it was read from
+    def __init__(self, spec: str, vocab_size: int, eod: int | None, files: tuple[str, ...] = ()):
+        self.spec = (
+            spec  # load_tokenizer(spec) gives an equal tokenizer, in any process with the same working directory
+        )
+        self.vocab_size = vocab_size
+        self.eod = eod  # marks the end of a document
+        self.files = files  # what it was read from
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int32[n]. Raises: UserError if the text has an unpaired surrogate."""
-        ...
+        if lone := LONE_SURROGATE.search(text):
+            rule = f"holds {lone[0]!r}, half of a surrogate pair, which is not a character"
+            raise UserError(Problem(f"text, character {lone.start()}", rule, "remove it, or replace it by U+FFFD"))
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, as `encode` gives them; the texts must be encodable as UTF-8."""
-        ...
+        """Ids of each text, int32[n]; the texts must be encodable as UTF-8."""
+        return [np.array(ids, np.int32) for ids in self._encode_batch(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of any ids; bytes that are not UTF-8 become U+FFFD, ids that do not exist become that or nothing."""
-        ...
-
-
-class _Encoding(abc.ABC):
-    """`encode` from `encode_batch`."""
-
-    def encode(self, text: str) -> np.ndarray:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            rule = f"holds {text[error.start]!r}, half of a surrogate pair, which is not a character"
-            remedy = "remove it, or replace it by U+FFFD"
-            raise UserError(Problem(f"text, character {error.start}", rule, remedy)) from None
-        return self.encode_batch([text])[0]
+        return self._decode(np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)).astype(np.int64).tolist())
 
     @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def _encode_batch(self, texts: list[str]) -> Iterable[Sequence[int] | np.ndarray]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
 
 
-class ByteTokenizer(_Encoding):
+class ByteTokenizer(Tokenizer):
     """The bytes of UTF-8 are the ids; 256 ends a document."""
 
-    spec = "bytes"
-    vocab_size = 257
-    eod: int | None = 256
-    files: tuple[str, ...] = ()
+    def __init__(self) -> None:
+        super().__init__("bytes", 257, 256)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    def _encode_batch(self, texts: list[str]) -> Iterable[np.ndarray]:
+        return (np.frombuffer(text.encode(), np.uint8) for text in texts)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         symbols = {256: EOD_TEXT.encode(), **{byte: bytes((byte,)) for byte in range(256)}}
-        return b"".join(symbols.get(i, b"\xff") for i in _integers(ids)).decode(errors="replace")
+        return b"".join(symbols.get(i, b"\xff") for i in ids).decode(errors="replace")
 
 
-class CharTokenizer(_Encoding):
+class CharTokenizer(Tokenizer):
     """Each character of a fixed vocabulary is an id; nothing ends a document."""
 
-    eod: int | None = None
-
-    def __init__(self, chars: str, *, spec: str, files: tuple[str, ...] = ()):
+    def __init__(self, chars: str, spec: str, files: tuple[str, ...]):
+        super().__init__(spec, len(chars), None, files)
         self.chars = chars
-        self.spec = spec
-        self.files = files
-        self.vocab_size = len(chars)
         codes = _codepoints(chars)
         self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last stands for all above
         self._ids[codes] = np.arange(len(chars), dtype=np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode(text) for text in texts]
+    def _encode_batch(self, texts: list[str]) -> Iterable[np.ndarray]:
+        for text in texts:
+            ids = self._ids[np.minimum(_codepoints(text), len(self._ids) - 1)]
+            if (ids < 0).any():
+                char = text[int(np.argmax(ids < 0))]
+                remedy = "leave the character out, or build the vocabulary from text that has it"
+                spec = f"{self.spec} of {self.vocab_size} characters"
+                _refuse(spec, f"does not know {char!r} (U+{ord(char):04X})", remedy)
+            yield ids
 
-    def _encode(self, text: str) -> np.ndarray:
-        ids = self._ids[np.minimum(_codepoints(text), len(self._ids) - 1)]
-        if (ids < 0).any():
-            char = text[int(np.argmax(ids < 0))]
-            rule = f"does not know {char!r} (U+{ord(char):04X})"
-            remedy = "leave the character out, or build the vocabulary from text that has it"
-            raise UserError(Problem(f"tokenizer {self.spec} of {self.vocab_size} characters", rule, remedy))
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.chars[i] if 0 <= i < self.vocab_size else "\ufffd" for i in _integers(ids))
+    def _decode(self, ids: list[int]) -> str:
+        return "".join(self.chars[i] if 0 <= i < self.vocab_size else "\ufffd" for i in ids)
 
     def to_json(self) -> bytes:
         """The content of FILE in `chars:FILE`."""
         return (json.dumps({"chars": list(self.chars)}) + "\n").encode()
 
 
-class FastTokenizer(_Encoding):
+class FastTokenizer(Tokenizer):
     """A tokenizer of Hugging Face's `tokenizers` library; its threads obey TOKENIZERS_PARALLELISM."""
 
-    def __init__(self, tokenizer: Any, *, spec: str, eod: int, files: tuple[str, ...]):
-        self.spec = spec
-        self.eod: int | None = eod
-        self.files = files
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, tokenizer: Any, spec: str, eod: int, files: tuple[str, ...]):
+        super().__init__(spec, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, eod, files)
         tokenizer.no_truncation()  # published tokenizer.json files may cut at 512 tokens
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # the library's name for: special tokens in the text are ordinary text
         self._tokenizer = tokenizer
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+    def _encode_batch(self, texts: list[str]) -> Iterable[list[int]]:
+        return (encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        known = [i for i in _integers(ids) if 0 <= i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
 
-class TiktokenTokenizer(_Encoding):
+class TiktokenTokenizer(Tokenizer):
     """An encoding of the tiktoken library; its threads obey TOKENIZERS_PARALLELISM too."""
 
-    def __init__(self, encoding: Any, *, spec: str, files: tuple[str, ...] = ()):
-        self.spec = spec
-        self.files = files
-        self.vocab_size = encoding.n_vocab
-        self.eod: int | None = encoding._special_tokens.get(EOD_TEXT)  # eot_token is the same and raises KeyError
+    def __init__(self, encoding: Any, spec: str, files: tuple[str, ...] = ()):
+        # eot_token is the same as this eod and raises KeyError
+        super().__init__(spec, encoding.n_vocab, encoding._special_tokens.get(EOD_TEXT), files)
         self._encoding = encoding
         self._known = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         threads = (os.cpu_count() or 1) if os.environ.get("TOKENIZERS_PARALLELISM") == "true" else 1
-        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(texts, num_threads=threads)]
+        return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode([i for i in _integers(ids) if i in self._known], errors="replace")
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode([i for i in ids if i in self._known], errors="replace")
 
 
-class SentencePieceTokenizer(_Encoding):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model file; its end-of-sentence piece ends a document, if it has one."""
 
-    def __init__(self, processor: Any, *, spec: str, files: tuple[str, ...]):
-        self.spec = spec
-        self.files = files
-        self.vocab_size = processor.vocab_size()
-        self.eod: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
+    def __init__(self, processor: Any, spec: str, files: tuple[str, ...]):
+        eod = processor.eos_id()
+        super().__init__(spec, processor.vocab_size(), eod if eod >= 0 else None, files)
         self._processor = processor
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts))]
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([i for i in _integers(ids) if 0 <= i < self.vocab_size])
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -177,35 +159,29 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind, colon, argument = spec.partition(":")
     if kind not in _LOADERS:
         near = difflib.get_close_matches(kind, _LOADERS, n=3, cutoff=0.4)
-        known = " | ".join(usage for usage, _ in _LOADERS.values())
         meant = f"did you mean {' or '.join(_LOADERS[name][0] for name in near)}? " if near else ""
-        raise UserError(Problem(f"tokenizer {spec!r}", "is of no known kind", f"{meant}write one of {known}"))
+        raise UserError(Problem(f"tokenizer {spec!r}", "is of no known kind", f"{meant}write one of {KINDS}"))
     usage, load = _LOADERS[kind]
     if spec != "chars" and (bool(argument) != (":" in usage) or (colon and not argument)):
         raise UserError(Problem(f"tokenizer {spec!r}", f"is not of the form {usage}", f"write {usage}"))
     return load(spec, argument)
 
 
-def build_chars(codes_seen: np.ndarray, *, spec: str, files: tuple[str, ...]) -> CharTokenizer:
-    """The sorted vocabulary of a corpus, from bool[0x110000]: whether each code point occurs."""
-    return CharTokenizer(np.flatnonzero(codes_seen).astype("<u4").tobytes().decode("utf-32-le"), spec=spec, files=files)
-
-
-def mark_codes(codes_seen: np.ndarray, text: str) -> None:
-    """Set `codes_seen`, bool[0x110000], at each code point of `text`."""
-    codes_seen[_codepoints(text)] = True
+def build_chars(texts: Iterable[str], *, file: str) -> CharTokenizer:
+    """The sorted characters of a corpus, as what `file` is going to hold."""
+    seen = np.zeros(0x110000, bool)
+    for text in texts:
+        seen[_codepoints(text)] = True
+    chars = np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
+    return CharTokenizer(chars, f"chars:{file}", (file,))
 
 
 def _codepoints(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _integers(ids: Iterable[int]) -> list[int]:
-    return np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)).astype(np.int64).tolist()
-
-
-def _refuse(spec: str, rule: str, remedy: str) -> NoReturn:
-    raise UserError(Problem(f"tokenizer {spec}", rule, remedy))
+def _refuse(spec: str, rule: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+    raise UserError(Problem(f"tokenizer {spec}", rule, remedy)) from cause
 
 
 def _require_file(spec: str, path: Path, remedy: str) -> str:
@@ -214,22 +190,15 @@ def _require_file(spec: str, path: Path, remedy: str) -> str:
     return str(path)
 
 
-def _load_bytes(spec: str, _: str) -> Tokenizer:
-    return ByteTokenizer()
-
-
 def _load_chars(spec: str, argument: str) -> Tokenizer:
     remedy = "a run with data.tokenizer=chars builds one: WORKDIR/data/chars.json"
     if not argument:
         _refuse(spec, "names no vocabulary: plain chars is built from the corpus by a training run", remedy)
     path = _require_file(spec, Path(argument), remedy)
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         chars = json.loads(Path(path).read_bytes())["chars"]
-        sound = all(isinstance(char, str) and len(char) == 1 for char in chars) and len(set(chars)) == len(chars) > 0
-        if sound:
-            return CharTokenizer("".join(chars), spec=spec, files=(path,))
-    except (ValueError, KeyError, TypeError):
-        pass
+        if all(isinstance(char, str) and len(char) == 1 for char in chars) and len(set(chars)) == len(chars) > 0:
+            return CharTokenizer("".join(chars), spec, (path,))
     _refuse(spec, 'the file is not {"chars": [...]} with distinct single characters', remedy)
 
 
@@ -239,21 +208,20 @@ def _load_gpt2(spec: str, argument: str) -> Tokenizer:
     remedy = "give the folder that holds GPT-2's vocab.json and merges.txt"
     vocab, merges = (_require_file(spec, Path(argument) / name, remedy) for name in ("vocab.json", "merges.txt"))
     if (encoding := _published_gpt2(vocab, merges)) is not None:
-        return TiktokenTokenizer(encoding, spec=spec, files=(vocab, merges))
+        return TiktokenTokenizer(encoding, spec, (vocab, merges))
     try:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
+        _refuse(spec, f"cannot be read: {error}", remedy, error)
     symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     missing = [symbol for symbol in symbols if tokenizer.token_to_id(symbol) is None]
     if missing:  # the library would drop those bytes without a word
         _refuse(spec, f"vocab.json lacks {len(missing)} of the 256 byte symbols, such as {missing[0]!r}", remedy)
-    eod = tokenizer.token_to_id(EOD_TEXT)
-    if eod is None:
+    if (eod := tokenizer.token_to_id(EOD_TEXT)) is None:
         _refuse(spec, f"vocab.json has no {EOD_TEXT}", remedy)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return FastTokenizer(tokenizer, spec=spec, eod=eod, files=(vocab, merges))
+    return FastTokenizer(tokenizer, spec, eod, (vocab, merges))
 
 
 def _published_gpt2(vocab: str, merges: str) -> Any:
@@ -288,14 +256,13 @@ def _load_hf(spec: str, argument: str) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
+        _refuse(spec, f"cannot be read: {error}", remedy, error)
     eod = next((i for name in EOD_NAMES if (i := tokenizer.token_to_id(name)) is not None), None)
     if eod is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        found = ", ".join(special) or "none"
-        rule = f"has no end-of-document token under a usual name; its special tokens: {found}"
+        rule = f"has no end-of-document token under a usual name; its special tokens: {', '.join(special) or 'none'}"
         _refuse(spec, rule, f"add one of {' '.join(EOD_NAMES)} to the file's added_tokens")
-    return FastTokenizer(tokenizer, spec=spec, eod=eod, files=(path,))
+    return FastTokenizer(tokenizer, spec, eod, (path,))
 
 
 def _load_tiktoken(spec: str, argument: str) -> Tokenizer:
@@ -306,37 +273,33 @@ def _load_tiktoken(spec: str, argument: str) -> Tokenizer:
         near = difflib.get_close_matches(argument, names, n=3, cutoff=0.4) or names
         _refuse(spec, f"tiktoken has no encoding {argument!r}", f"write one of {', '.join(near)}")
     try:
-        return TiktokenTokenizer(tiktoken.get_encoding(argument), spec=spec)
+        return TiktokenTokenizer(tiktoken.get_encoding(argument), spec)
     except Exception as error:  # whatever its download raises
         remedy = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
-        raise UserError(Problem(f"tokenizer {spec}", f"tiktoken could not load it: {error}", remedy)) from error
+        _refuse(spec, f"tiktoken could not load it: {error}", remedy, error)
 
 
 def _load_sentencepiece(spec: str, argument: str) -> Tokenizer:
-    sentencepiece = _import_extra(spec, "sentencepiece")
+    try:
+        import sentencepiece
+    except ImportError as error:
+        _refuse(spec, "the library sentencepiece is not installed", "run: pip install sentencepiece", error)
     remedy = "give a sentencepiece model, usually tokenizer.model"
     path = _require_file(spec, Path(argument), remedy)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.Load(path)
     except (RuntimeError, OSError) as error:
-        raise UserError(Problem(f"tokenizer {spec}", f"cannot be read: {error}", remedy)) from error
-    return SentencePieceTokenizer(processor, spec=spec, files=(path,))
-
-
-def _import_extra(spec: str, name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        rule = f"the library {name} is not installed"
-        raise UserError(Problem(f"tokenizer {spec}", rule, f"run: pip install {name}")) from error
+        _refuse(spec, f"cannot be read: {error}", remedy, error)
+    return SentencePieceTokenizer(processor, spec, (path,))
 
 
 _LOADERS: dict[str, tuple[str, Callable[[str, str], Tokenizer]]] = {
-    "bytes": ("bytes", _load_bytes),
+    "bytes": ("bytes", lambda *_: ByteTokenizer()),
     "chars": ("chars:FILE", _load_chars),
     "gpt2": ("gpt2:DIR", _load_gpt2),
     "hf": ("hf:FILE.json", _load_hf),
     "tiktoken": ("tiktoken:NAME", _load_tiktoken),
     "sentencepiece": ("sentencepiece:FILE", _load_sentencepiece),
 }
+KINDS = " | ".join(usage for usage, _ in _LOADERS.values())

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,18 +17,8 @@ from jaxlm.data.indexed import IndexedDataset, set_paths
 _BLOCK_TOKENS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Verified:
-    """A sound set."""
-
-    dataset: IndexedDataset
-    max_token: int  # -1 where there is no token
-    bin_sha256: str
-    idx_sha256: str
-
-
-def verify(prefix: str, *, vocab_size: int | None = None) -> Verified:
-    """Read every byte of a set.
+def verify(prefix: str, *, vocab_size: int | None = None) -> str:
+    """Reads every byte of a set; what is in it, with checksums, in lines.
 
     Raises: UserError naming file and offset if index and data disagree with the format or each other, or a token is
     negative or not below `vocab_size`.
@@ -48,10 +36,14 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> Verified:
             where = f"{prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
             rule = f"token id {int(dataset.tokens[position])} is not in [0, {limit})"
             raise UserError(Problem(where, rule, "tokenize again, or give the vocabulary size the set was made with"))
-    idx_path: Path = set_paths(prefix)[1]
-    with open(idx_path, "rb") as file:
+    with open(set_paths(prefix)[1], "rb") as file:
         idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Verified(dataset, max_token, digest.hexdigest(), idx_sha256)
+    counts = f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens"
+    return (
+        f"{prefix}: sound; {counts} of {dataset.dtype.name}, largest id {max_token}\n"
+        f"  sha256 .bin {digest.hexdigest()}\n"
+        f"  sha256 .idx {idx_sha256}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,15 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     for prefix in options.prefix:
         try:
-            found = verify(prefix, vocab_size=options.vocab_size)
+            print(verify(prefix, vocab_size=options.vocab_size), flush=True)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
-            continue
-        dataset = found.dataset
-        counts = f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens"
-        print(f"{prefix}: sound; {counts} of {dataset.dtype.name}, largest id {found.max_token}")
-        print(f"  sha256 .bin {found.bin_sha256}\n  sha256 .idx {found.idx_sha256}", flush=True)
     return code
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import UserError, skipped_batches
-from jaxlm.data.loader import Batch, Loader, batch_of, prefetch
+from jaxlm.data.loader import Batch, Loader, Prefetch, batch_of
 from jaxlm.data.ramp import Ramp
 from jaxlm.data.samples import TokenRange, Windows, whole
 
@@ -110,7 +110,7 @@ def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_prefetch_gives_every_value_in_order(depth: int) -> None:
-    with prefetch(lambda step: step * step, start=3, stop=40, depth=depth) as values:
+    with Prefetch(lambda step: step * step, start=3, stop=40, depth=depth) as values:
         got = list(values)
     assert [value for value, _ in got] == [step * step for step in range(3, 40)]
     assert all(0 <= wait_s < 10 for _, wait_s in got)
@@ -125,7 +125,7 @@ def test_prefetch_stays_within_its_depth() -> None:
         latest[0] = next(made)
         return step
 
-    with prefetch(make, start=0, stop=100, depth=3) as values:
+    with Prefetch(make, start=0, stop=100, depth=3) as values:
         for taken in range(1, 20):
             next(values)
             time.sleep(0.002)
@@ -141,7 +141,7 @@ def test_an_exception_comes_out_where_its_value_would(depth: int) -> None:
             raise UserError
         return step
 
-    values = prefetch(make, start=0, stop=10, depth=depth)
+    values = Prefetch(make, start=0, stop=10, depth=depth)
     assert [next(values)[0] for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(UserError):
         next(values)
@@ -150,7 +150,7 @@ def test_an_exception_comes_out_where_its_value_would(depth: int) -> None:
 
 def test_closing_early_ends_the_thread() -> None:
     for taken in (0, 1, 5):
-        values = prefetch(lambda step: step, start=0, stop=10**9, depth=2)
+        values = Prefetch(lambda step: step, start=0, stop=10**9, depth=2)
         for _ in range(taken):
             next(values)
         assert leaked()
@@ -165,11 +165,11 @@ def test_wait_is_the_time_the_consumer_stood_still() -> None:
         time.sleep(0.05)
         return step
 
-    with prefetch(make, start=0, stop=3, depth=3) as values:
+    with Prefetch(make, start=0, stop=3, depth=3) as values:
         assert next(values)[1] > 0.02
         time.sleep(0.3)  # the other two are made meanwhile
         assert next(values)[1] < 0.02
 
 
 def leaked() -> bool:
-    return any(thread.name == "prefetch" for thread in threading.enumerate())
+    return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
