@@ -111,7 +111,8 @@ def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     comes out as 0.0, and the checksum differs (docs/experiments.md).
     Raises: Damage if they cannot be read.
     """
-    return _or_damage(path, lambda: ocp.load_checkpointables(str(path), {ITEM: dict(leaves)})[ITEM])
+    where = str(path.absolute())  # Orbax takes no other
+    return _or_damage(path, lambda: ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM])
 
 
 def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
@@ -135,7 +136,7 @@ def read_manifest(path: Path) -> Manifest:
     if found is not None:
         manifest.check_files(path, found)
         return found
-    kept = _or_damage(path, lambda: ocp.checkpointables_metadata(str(path)))
+    kept = _or_damage(path, lambda: ocp.checkpointables_metadata(str(path.absolute())))
     metadata = kept.custom_metadata or {}
     if metadata.get(SEALED):
         raise Damage(path / manifest.FILE, "missing")

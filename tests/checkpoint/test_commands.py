@@ -209,3 +209,11 @@ def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):
         run(capsys, "export", workdir, "--output", tmp_path / "held")
     for step in (20, 40):  # where exports are, another may join them
         assert run(capsys, "export", workdir, "--output", tmp_path / "exports", "--step", step)[0] == 0
+
+
+def test_folders_may_be_named_from_where_one_stands(workdir, capsys, monkeypatch):
+    monkeypatch.chdir(workdir.parent)
+    (workdir / "config.json").write_text("{}")
+    assert main(["verify", "run", "--steps", "20"]) == 0 and "sound" in capsys.readouterr().out
+    assert main(["diff", "run", "--steps", "20", "40"]) == 1
+    assert main(["export", "run", "--output", "out"]) == 0
