@@ -25,7 +25,7 @@ from jaxlm.parallel.stages import Stages, by_slot
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
 
-# f32, as the issue has it for a pipeline: five AdamW steps' losses, and each gradient leaf in the two-norm
+# f32: five AdamW steps' losses, and each gradient leaf in the two-norm
 LOSS = GRADIENT = 5e-6
 
 
@@ -207,8 +207,8 @@ def test_a_pipeline_that_can_not_run_is_refused(pipeline, mesh, message):
 
 MUTATIONS = {
     "gradients of vectors not summed over rows": (pipelined, "finish_gradient", lambda layout, g, dims: g),
-    "the first stage's output sent to the loss": (_Run, "from_stage", lambda run, stage, x: jax.lax.psum(
-        jnp.where(run.stage == 0, x, 0), run.axis)),
+    "what another stage holds sent to the loss": (_Run, "from_stage", lambda run, stage, x: jax.lax.psum(
+        jnp.where(run.stage == 1, x, 0), run.axis)),
     "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(
         x, run.axis, [(s, (s - step) % 4) for s in range(4)])),
     "residuals of another tick": (Schedule, "forward_tick", lambda self, stage, item: item.index + stage + 1),
@@ -240,7 +240,7 @@ def test_bfloat16_over_a_pipeline_differs_by_its_own_rounding_alone(one_device):
 PICTURE = """
 import sys
 sys.path.insert(0, {tests!r})
-import conftest, jax, numpy as np, test_pipeline as t
+import test_pipeline as t
 k = {k}
 c = t.config("gpt2", layers=6, batch_size=12 * k, schedule="1f1b", microbatches=6)
 plain = t.dataclasses.replace(t.tiny.replace(c, train=dict(accumulate=6)), pipeline=t.PipelineConfig())

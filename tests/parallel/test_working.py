@@ -1,0 +1,52 @@
+"""Working copies are read in the compute dtype; what comes back is float32 and was never less."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.parallel.dense import Products
+from jaxlm.parallel.working import Working, gradients, working_copies
+
+DIMS = {
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "table": ("vocab", "embed"),
+    "positions": ("position", "embed"),
+}
+
+
+@dataclass
+class Weight:
+    """A parameter of a module, as products see it."""
+
+    value: Any
+    dims: tuple[str, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value
+
+
+def test_gradients_of_working_copies_keep_what_bfloat16_would_round():
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
+    params = {"up": draw(0, 24, 40), "down": draw(1, 40, 24), "table": draw(2, 64, 24), "positions": draw(3, 16, 24)}
+    copies = working_copies(params, DIMS, "bfloat16")
+    assert not isinstance(copies["positions"], Working) and copies["up"].value.dtype == jnp.bfloat16
+    layout, tokens = tiny.layout(), jax.random.randint(jax.random.key(4), (4, 16), 0, 64)
+    products, weights = Products(layout, "bfloat16"), jnp.ones((4, 16))
+
+    def objective(copies):
+        x_BTD = products.lookup(Weight(copies["table"], DIMS["table"]), tokens)
+        (y_BTF,) = products.columns(x_BTD, Weight(copies["up"], DIMS["up"]))
+        x_BTD = x_BTD + products.rows(y_BTF, Weight(copies["down"], DIMS["down"]))
+        return cross_entropy_sums(x_BTD, copies["table"], tokens, weights, layout=layout, vocab_size=64)[0]
+
+    for name, grad in gradients(jax.grad(objective)(copies)).items():
+        rounded = grad.astype(jnp.bfloat16).astype(jnp.float32)
+        assert grad.dtype == jnp.float32 and grad.shape == params[name].shape
+        if name != "positions":  # a row looked up once, or not at all, may need no more than 8 bits
+            assert np.mean(rounded == grad) < 0.6, name
