@@ -242,7 +242,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import test_pipeline as t
 k = {k}
-c = t.config("gpt2", layers=6, batch_size=12 * k, schedule="1f1b", microbatches=6)
+c = t.config("gpt2", layers=6, batch_size=12 * k, model=dict(vocab_multiple=24), schedule="1f1b", microbatches=6)
 plain = t.dataclasses.replace(t.tiny.replace(c, train=dict(accumulate=6)), pipeline=t.PipelineConfig())
 t.check(lambda c: t.test_meshes.numbers(plain, t.tiny.layout()), c, 24 * k, pipeline=6, model=4, data=k)
 print("same numbers")
