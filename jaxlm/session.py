@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.checkpoint import restore
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
+from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.models.kernels import choose_attention
@@ -28,7 +29,7 @@ from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.settings import SCHEMA, from_json
+from jaxlm.settings import SCHEMA, Resolved, from_json
 from jaxlm.step import Program, abstract_state, make_program
 
 
@@ -40,6 +41,17 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         raise UserError(Problem(f"model.vocab_size={size}", text, "leave it out, or name the tokenizer of this model"))
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
+
+
+def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None]) -> Resolved:
+    """`resolved` with the vocabulary that its tokenizer decides; says if the model has tokens that it will never see."""
+    config = with_vocabulary(resolved.config, corpus.tokenizer)
+    if config.model.vocab_size > corpus.tokenizer.vocab_size:
+        unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
+        note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
+    return (
+        resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
+    )
 
 
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:

@@ -49,7 +49,7 @@ from jaxlm.session import (
     preflight,
     restore_params,
     use_device_settings,
-    with_vocabulary,
+    with_corpus,
 )
 from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
 from jaxlm.step import (
@@ -150,17 +150,6 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         ledger.flush()
         progress.note(f"time: {read_account(workdir)}")
     return code
-
-
-def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None]) -> Resolved:
-    """`resolved` with the vocabulary that its tokenizer decides; says if the model has tokens that it will never see."""
-    config = with_vocabulary(resolved.config, corpus.tokenizer)
-    if config.model.vocab_size > corpus.tokenizer.vocab_size:
-        unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
-        note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
-    return (
-        resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
-    )
 
 
 def is_evaluated(train: TrainConfig, step: int) -> bool:
