@@ -127,6 +127,10 @@ class TrainConfig:
     )
     compilation_cache: str = setting("", "folder for compiled programs, reused by later runs (empty: none)")
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows `step`."""
+        return step == self.num_steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
     @property
     def batch_unit(self) -> int:
         """What every batch size of the run is a multiple of."""

@@ -1,6 +1,6 @@
 """What may change between two starts of a run that has checkpoints, and what is said of it.
 
-A changed setting is of one of four kinds: it gives the checkpoint's arrays another shape or meaning, and is refused; it
+A changed setting is of one of three kinds: it gives the checkpoint's arrays another shape or meaning, and is refused; it
 changes which tokens a step reads, or what an update does with them, and is refused unless resume.allow names it; or it
 changes no number beyond rounding, and is noted.
 """
@@ -16,6 +16,7 @@ from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.config import Config, Problem, UserError, get, skipped_batches
 from jaxlm.data.corpus import same_weights
 from jaxlm.data.loader import batch_of
+from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import load_config
 from jaxlm.settings import SCHEMA, shown
 
@@ -118,6 +119,12 @@ def compare_data(config: Config, workdir: Path, now: Mapping[str, str]) -> None:
     rule += _aligned([("set", "saved", "now"), *changed])
     remedy = f"bring them back, use another --workdir, or insist: --config.resume.allow={_listed(config, [key])}"
     raise UserError(Problem(f"--workdir={workdir}, {key}", rule, remedy))
+
+
+def owes_evaluation(config: Config, workdir: Path, step: int) -> bool:
+    """Whether the start before this one left after `step` without the evaluation that follows."""
+    done = any(record["step"] == step and "eval_loss" in record for record in read_metrics(workdir))
+    return step > 0 and config.train.evaluates_after(step) and not done
 
 
 def _listed(config: Config, more: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Config, Problem, TrainConfig, UserError
+from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.generate import write_sample
@@ -40,7 +40,7 @@ from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
-from jaxlm.resume import compare_data, compare_with_last_start
+from jaxlm.resume import compare_data, compare_with_last_start, owes_evaluation
 from jaxlm.session import (
     evaluate_batches,
     open_mesh,
@@ -92,12 +92,9 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
     with Closing() as stack:
         lock = stack.enter_context(RunLock(workdir, force=force_lock))
         earlier = read_account(workdir)
-        progress = stack.enter_context(
-            Progress(num_steps=config.train.num_steps, stream=sys.stdout, before_s=earlier.running_s if earlier else 0)
-        )
-        watchdog = stack.enter_context(
-            Watchdog(config.train.watchdog_s, grace_s=config.train.preempt_grace_s, folder=workdir)
-        )
+        train, before_s = config.train, earlier.running_s if earlier else 0
+        progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
+        watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
         ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
@@ -110,8 +107,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         program = open_program(config)
         loader = training_loader(config, corpus)
         held_out = evaluation_loaders(config, corpus, progress.note)
-        kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
-        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock))
+        store = stack.enter_context(open_store(config, workdir, lock))
         ledger.enter("restore")
         state, start = resume_or_begin(program, store, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(held_out)
@@ -126,8 +122,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         compiled = build(program, state, loader, during=partial(ledger.during, "compile"))
         store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
-        write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
-        write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
+        write_down(workdir, resolved, program, compiled, facts)
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
         log = stack.enter_context(
             MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=progress.note)
@@ -152,15 +147,16 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
     return code
 
 
-def is_evaluated(train: TrainConfig, step: int) -> bool:
-    """Whether an evaluation follows `step`."""
-    return step == train.num_steps or (train.eval_every > 0 and step % train.eval_every == 0)
+def open_store(config: Config, workdir: Path, lock: RunLock) -> CheckpointStore:
+    """The run's checkpoints, kept as the config has it."""
+    kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
+    return CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock)
 
 
-def owes_evaluation(config: Config, workdir: Path, step: int) -> bool:
-    """Whether the start before this one left after `step` without the evaluation that follows."""
-    done = any(record["step"] == step and "eval_loss" in record for record in read_metrics(workdir))
-    return step > 0 and is_evaluated(config.train, step) and not done
+def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Compiled, facts: dict) -> None:
+    """config.json and layout.txt: what this start trains with."""
+    write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
+    write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
 
 
 def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
@@ -227,7 +223,7 @@ class Loop:
                 done += 1
                 self._read_pending()
                 self._pending = (done, metrics, wait_s)
-                evaluates = is_evaluated(train, done) and self.stop.exit_code is None
+                evaluates = train.evaluates_after(done) and self.stop.exit_code is None
                 if evaluates:
                     self._read_pending()
                     self._evaluate(done, state)

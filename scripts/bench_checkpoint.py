@@ -29,6 +29,7 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
+from jaxlm.config import Config
 from jaxlm.data.loader import Batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.pipelined import to_layers
@@ -50,22 +51,28 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(others)
     config = resolve(load_file(args.config), overrides=overrides, presets=PRESETS).config
     use_device_settings(config)
+    measure(config, args.folder, saves=args.saves, steps=args.steps)
+    return 0
+
+
+def measure(config: Config, folder: Path | None, *, saves: int, steps: int) -> None:
+    """Trains, saves and restores in a temporary folder below `folder`; says what each save and the whole run cost."""
     program = open_program(config)
     step, state = compile_step(program), init_state(program)
     shape = (config.train.batch_size, config.train.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
     batch = put_batch(program, Batch(tokens, tokens, np.ones(shape, np.float32)))
     with (
-        tempfile.TemporaryDirectory(dir=args.folder) as folder,
-        CheckpointStore(folder, retention=Retention(1)) as store,
+        tempfile.TemporaryDirectory(dir=folder) as made,
+        CheckpointStore(made, retention=Retention(1)) as store,
     ):
         clock, steps_s, blocked_s = time.perf_counter, [], 0.0
         begin = clock()
         store.warm_up(to_layers(program.pipe, state))
         store.wait()
         warm_up_s = clock() - begin
-        for number in range(1, args.saves + 1):
-            for _ in range(args.steps):
+        for number in range(1, saves + 1):
+            for _ in range(steps):
                 begin = clock()
                 state, _ = jax.block_until_ready(step(state, batch))
                 steps_s.append(clock() - begin)
@@ -93,14 +100,13 @@ def main(argv: Sequence[str]) -> int:
         del state, saved
         begin = clock()
         restored = store.restore_latest_good(like)
-        assert restored is not None and restored.step == args.saves and not restored.passed_over
+        assert restored is not None and restored.step == saves and not restored.passed_over
         run_s = config.checkpoint.every_steps * statistics.median(steps_s)
         say(
             device=jax.devices()[0].device_kind, devices=jax.device_count(), jax=jax.__version__, verified=True,
             restore_s=clock() - begin, warm_up_s=warm_up_s, every_steps=config.checkpoint.every_steps,
             overhead_frac=blocked_s / run_s,
         )  # fmt: skip
-    return 0
 
 
 def say(**facts: Any) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.parallel.dense import RESIDUAL, gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
-from jaxlm.parallel.working import Weight, gradient_of
+from jaxlm.parallel.working import Value, gradient_of
 
 HEAD = ("vocab", "embed")
 
@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 
 def cross_entropy_sums(
     x_BTD: jax.Array,
-    head_VD: Weight,
+    head_VD: Value,
     labels_BT: jax.Array,
     weights_BT: jax.Array,
     *,

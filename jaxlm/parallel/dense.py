@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.rules import At, Layout
-from jaxlm.parallel.working import Weight as Leaf
-from jaxlm.parallel.working import cast, gradient_of
+from jaxlm.parallel.working import Value, cast, gradient_of
 
 Dims = tuple[str, ...]
 RESIDUAL = ("batch", "residual", "embed")
@@ -38,7 +37,7 @@ class Weight(Protocol):
 
     dims: Dims
 
-    def __getitem__(self, index: Any, /) -> Leaf: ...
+    def __getitem__(self, index: Any, /) -> Value: ...
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str,
     return jax.lax.psum(x_BTD, rest) if rest else x_BTD
 
 
-def gather_weight(layout: Layout, weight: Leaf, dims: Dims, dtype: Any) -> jax.Array:
+def gather_weight(layout: Layout, weight: Value, dims: Dims, dtype: Any) -> jax.Array:
     """Local: from its share at rest to its share in compute, cast before it travels."""
     w = cast(weight, dtype)
     for i, axes in enumerate(layout.gathered(dims)):

@@ -9,7 +9,8 @@ The schedules differ in `first_backward` alone:
   gpipe, circular   all forward ticks first; every microbatch's activations are kept            (circular: R > 1)
   1f1b              the tick after the first item left the last stage; 2RP ticks' activations are kept, whatever M
 
-A tick in between costs no time, the first ticks are forwards alone, and lets what a tick sends travel while it computes.
+That tick in between costs no time, for as many ticks do one half alone as before; it lets what a tick sends travel while
+stages compute.
 
 Source: Narayanan et al., arXiv:2104.04473, section 2.2, for 1F1B and its interleaving; here both halves of a tick are
 taken by different microbatches, so that every stage runs one program without branches.

@@ -30,7 +30,7 @@ class Working:
         return self
 
 
-Weight = jax.Array | Working
+Value = jax.Array | Working  # of a weight: as it rests, or as a step reads it
 
 
 def working_copies(params: Any, dims: Any, dtype: str) -> Any:
@@ -39,7 +39,7 @@ def working_copies(params: Any, dims: Any, dtype: str) -> Any:
     These are the parameters with the model's width among their dims, but for the positions, which are added in float32.
     """
 
-    def copy(of: tuple[str, ...], param: jax.Array) -> Weight:
+    def copy(of: tuple[str, ...], param: jax.Array) -> Value:
         if "embed" not in of or "position" in of:
             return param
         return Working(param.astype(dtype), jnp.zeros_like(param))
@@ -47,12 +47,12 @@ def working_copies(params: Any, dims: Any, dtype: str) -> Any:
     return by_dims(copy, dims, params)
 
 
-def cast(weight: Weight, dtype: Any) -> jax.Array:
+def cast(weight: Value, dtype: Any) -> jax.Array:
     """The weight in `dtype`: a working copy's value, a parameter cast here and now."""
     return weight.value if isinstance(weight, Working) else weight.astype(dtype)
 
 
-def gradient_of(weight: Weight, grad: jax.Array) -> Any:
+def gradient_of(weight: Value, grad: jax.Array) -> Any:
     """`grad`, float32, as the cotangent of `weight`."""
     return Working(None, grad) if isinstance(weight, Working) else grad.astype(weight.dtype)  # pyright: ignore
 
