@@ -13,6 +13,7 @@ from jaxlm.config import UserError
 from jaxlm.models import loss
 from jaxlm.parallel import dense
 from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.working import cast
 from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads, put_batch
 
 SHAPE = dict(num_heads=8, embed_dim=32, num_layers=2)
@@ -177,7 +178,7 @@ MUTATIONS = {  # what a broken collective or a wrong row would do: numbers that 
     "tokens of another vocabulary shard looked up here": (dense, "_local_rows", lambda real: lambda *args: (
         real(*args)[0], jnp.ones_like(real(*args)[1]))),
     "a weight gathered in the wrong order": (dense, "gather_weight", lambda real: lambda layout, w, dims, dtype: (
-        jnp.roll(real(layout, w, dims, dtype), w.shape[dims.index("embed")], dims.index("embed")))),
+        jnp.roll(real(layout, w, dims, dtype), cast(w, dtype).shape[dims.index("embed")], dims.index("embed")))),
 }  # fmt: skip
 
 
