@@ -13,7 +13,7 @@ import jax
 from jaxlm.data.loader import Loader
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
-from jaxlm.step import Program, StepMetrics, TrainState, compile_eval, compile_step, put_batch
+from jaxlm.step import Program, StepMetrics, TrainState, compile_eval, compile_step, read_batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def build(
     """Compiles before the first step what the first and the last one need, and the evaluation: a run whose batches keep
     their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
     begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
-    first, last = (put_batch(program, loader.batch(step)) for step in (0, train.num_steps - 1))
+    first, last = (read_batch(program, loader, step) for step in (0, train.num_steps - 1))
     shapes = {batch.tokens.shape: batch for batch in (first, last)}
     steps = {shape: jitted.lower(state, batch).compile() for shape, batch in shapes.items()}
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), x.dtype), last)

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from jaxlm.config import Config
-from jaxlm.data.loader import Batch
+from jaxlm.data.loader import Batch, Loader
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.optim.optimizer import make_optimizer
@@ -372,10 +372,31 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
     return program.layout.sharding(BATCH_DIMS)
 
 
-def put_batch(program: Program, batch: Batch) -> Batch:
-    """The batch on its devices, rows and positions split as the table has it."""
+def row_share(program: Program) -> tuple[int, int]:
+    """(number, of how many) of the even share of a batch's rows that this process's devices hold; (0, 1) for all of them."""
+    shards = program.layout.num_row_shards
+    index = batch_sharding(program).addressable_devices_indices_map((shards, program.config.train.seq_len))
+    held = sorted({place[0].indices(shards)[0] for place in index.values() if place})
+    even = len(held) == held[-1] + 1 - held[0] and held[0] % len(held) == shards % len(held) == 0
+    return (held[0] // len(held), shards // len(held)) if even else (0, 1)
+
+
+def put_batch(program: Program, batch: Batch, *, hosts: int = 1) -> Batch:
+    """The batch on its devices, rows and positions split as the table has it; `batch` is this one of `hosts` shares."""
     sharding = batch_sharding(program)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+    def put(part: Any) -> jax.Array:
+        shape = (len(part) * hosts, *part.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(part), shape)
+
+    with jax.transfer_guard("allow"):  # the loop forbids transfers; this one is meant
+        return jax.tree.map(put, batch)
+
+
+def read_batch(program: Program, loader: Loader, number: int) -> Batch:
+    """Batch `number` on its devices; every process reads the rows that its own devices hold."""
+    host, hosts = row_share(program)
+    return put_batch(program, loader.batch(number, host=host, hosts=hosts), hosts=hosts)
 
 
 def num_params(program: Program, *, positions: bool = True, padding: bool = True) -> int:

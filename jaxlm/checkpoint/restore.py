@@ -112,7 +112,13 @@ def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     Raises: Damage if they cannot be read.
     """
     where = str(path.absolute())  # Orbax takes no other
-    return _or_damage(path, lambda: ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM])
+    here = {name: leaf for name, leaf in leaves.items() if leaf.sharding.addressable_devices}
+    loaded = _or_damage(path, lambda: ocp.load_checkpointables(where, {ITEM: here})[ITEM])
+    make = jax.make_array_from_single_device_arrays  # of a stage on other hosts this one has nothing
+    return {
+        name: loaded[name] if name in here else make(x.shape, x.sharding, [], dtype=x.dtype)
+        for name, x in leaves.items()
+    }
 
 
 def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
