@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest
@@ -24,6 +26,8 @@ from jaxlm.checkpoint.quiet import silence_details
 from jaxlm.config import Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
+
+T = TypeVar("T")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
 SEALED = "sealed"  # in Orbax's own metadata: a manifest belongs to this step
@@ -155,13 +159,30 @@ def _load(path: Path, abstract: Any, part: str) -> Restored:
     wanted = name_leaves(abstract, part=part)
     # The loop runs under transfer_guard("disallow"); reading a checkpoint is a transfer that is meant.
     with jax.transfer_guard("allow"):
-        found = read_manifest(path)
+        found = _everywhere(path, lambda: read_manifest(path))
         stored = {name: _as_exported(leaf, found.leaves.get(name)) if part else leaf for name, leaf in wanted.items()}
         check_fits(path, saved=found.leaves, wanted=stored, part=part)
-        loaded = read_leaves(path, stored)
+        loaded = _everywhere(path, lambda: read_leaves(path, stored))
         check_sums(path, found.leaves, loaded)
         leaves = [loaded[name].astype(leaf.dtype) for name, leaf in wanted.items()]
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
+
+
+def _everywhere(path: Path, read: Callable[[], T]) -> T:
+    """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
+    if jax.process_count() == 1:
+        return read()
+    result, damage = None, None
+    try:
+        result = read()
+    except Damage as found:
+        damage = found
+    damaged = multihost_utils.process_allgather(np.int32(damage is not None))
+    if damage is None and damaged.any():
+        damage = Damage(path, f"process {int(damaged.argmax())} found it damaged")
+    if damage is not None:
+        raise damage
+    return cast(T, result)
 
 
 def _as_exported(wanted: Any, saved: Any) -> Any:

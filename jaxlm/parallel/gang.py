@@ -41,6 +41,13 @@ class Limits:
     wait_s: float = 1800.0
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def _line(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import Problem, UserError
-from jaxlm.parallel.gang import EXIT_PEERS, LOOPBACK, Gang, Limits
+from jaxlm.parallel.gang import EXIT_PEERS, LOOPBACK, Gang, Limits, free_port
 
 JAX_LATER_S = 30.0  # jax's own heartbeat ends processes without a word: ours comes first
 PORT = 61399  # where a host has all processes and nobody named a port
@@ -150,7 +150,7 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
         if place.count > 1:
             jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; the loop agrees by Votes
             bind = "127.0.0.1" if gang.host in LOOPBACK else "[::]"
-            port = gang.settle("a port for jax", _free_port(), lambda ports: ports[0])
+            port = gang.settle("a port for jax", free_port(), lambda ports: ports[0])
             jax.distributed.initialize(
                 f"{gang.host}:{port}", place.count, place.process, cluster_detection_method="deactivate",
                 local_device_ids=place.gpus, coordinator_bind_address=f"{bind}:{port}",
@@ -160,12 +160,6 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
         if place.count > 1:
             gang.settle("leaving jax")  # whoever fails before has said so, and nobody waits for it in C++
             jax.distributed.shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def agree(gang: Gang, facts: Mapping[str, Any]) -> None:
