@@ -39,8 +39,8 @@ from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
 from jaxlm.opening import Work, open_work, take_lock
-from jaxlm.parallel.gang import Limits
-from jaxlm.parallel.multihost import ALONE, Asked, Place, agree, find_place, join
+from jaxlm.parallel.gang import Gang, Limits
+from jaxlm.parallel.multihost import ALONE, Asked, Place, agree, find_place, join, slow_devices
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
@@ -116,7 +116,7 @@ def run(
         config, program, corpus = work.resolved.config, work.program, work.corpus
         store = stack.enter_context(open_store(config, workdir, lock))
         ledger.enter("restore")
-        state, start = resume_or_begin(program, store, progress.note)
+        state, start = resume_or_begin(program, store, gang, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(work.held_out)
         agree(gang, {"restored step": start, "evaluation owed": owed})
         if start >= config.train.num_steps and not owed:
@@ -126,6 +126,8 @@ def run(
         if told := gang.settle("ready to compile", stop.exit_code or 0, max):
             return told
         ledger.enter("compile")
+        if gang.count > 1 and program.layout.platform == "gpu" and (slow := slow_devices(gang)):
+            progress.note(f"WARNING: {slow}")
         store.warm_up(as_saved(program, state))
         compiled = build(program, state, work.loader, during=partial(ledger.during, "compile"))
         store.wait()
@@ -136,7 +138,7 @@ def run(
         log = stack.enter_context(MetricsLog(folder, tensorboard=tensorboard, resume_step=start, warn=progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=work.loader, held_out=work.held_out, store=store, log=log,
-            progress=progress, asked=Asked(lambda: stop.exit_code, gang.count), meter=make_meter(facts), ledger=ledger,
+            progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
         try:
@@ -167,13 +169,15 @@ def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Co
     write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
 
 
-def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
+def resume_or_begin(
+    program: Program, store: CheckpointStore, gang: Gang, note: Callable[[str], None]
+) -> tuple[TrainState, int]:
     """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
     like, _ = without_recent(abstract_state(program))
     saved_like = to_layers(program.pipe, like)
     for shortage in shortages(store.directory, saved_like):
         note(f"WARNING: {shortage}")
-    restored = store.restore_latest_good(saved_like)
+    restored = store.restore_latest_good(saved_like, gang=gang)
     if restored is None:
         return init_state(program), 0
     state = from_layers(program.pipe, restored.state, like)
@@ -266,6 +270,7 @@ class Loop:
             raise
 
     def _step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        self.asked.dispatches()
         every = self.program.config.train.sdc_check_every
         if every and step % every == 0:
             return step_twice(self.compiled.step, state, batch, number=step)
@@ -288,6 +293,10 @@ class Loop:
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
+            slowest, text = self.asked.slowest()
+            record |= slowest
+            if text:
+                self.progress.note(text)
             record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
             self.log.write(record)
             self.progress.update(record)

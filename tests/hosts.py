@@ -23,11 +23,12 @@ class Hosts:
     def __init__(
         self, folder: Path, workdir: str, *more: str, count: int, devices: int,
         each: dict[int, list[str]] | None = None, prefix: dict[int, list[str]] | None = None, host: str = "127.0.0.1",
-        program: tuple[str, ...] = ("-m", "jaxlm.train"),
+        program: tuple[str, ...] = ("-m", "jaxlm.train"), flags: str = "", count_said: int = 0,
     ):  # fmt: skip
-        flags = os.environ["XLA_FLAGS"].split()
-        flags = [f for f in flags if "device_count" not in f] + [f"--xla_force_host_platform_device_count={devices}"]
-        environment = dict(os.environ, XLA_FLAGS=" ".join(flags), PYTHONUNBUFFERED="1", JAX_NUM_PROCESSES=str(count))
+        kept = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+        xla_flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}", flags])
+        environment = dict(os.environ, XLA_FLAGS=xla_flags, PYTHONUNBUFFERED="1")
+        environment["JAX_NUM_PROCESSES"] = str(count_said or count)
         environment["JAX_COORDINATOR_ADDRESS"] = f"{host}:{free_port()}"
         self.logs = [folder / f"{workdir}.{i}.{time.monotonic_ns()}.log" for i in range(count)]
         self.processes = []

@@ -14,8 +14,6 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest
@@ -24,6 +22,7 @@ from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.checkpoint.quiet import silence_details
 from jaxlm.config import Problem, UserError
+from jaxlm.parallel.gang import Gang
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -44,13 +43,15 @@ class Restored:
     passed_over: dict[int, Damage] = field(default_factory=dict)
 
 
-def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "") -> Restored | None:
+def restore_latest_good(
+    directory: str | Path, abstract: Any, *, part: str = "", gang: Gang | None = None
+) -> Restored | None:
     """The newest sound step of `directory`, or None where there is no step at all.
 
     A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
     is. What is no checkpoint is skipped.
 
-    Args: as `restore`.
+    Args: as `restore`.   gang: the processes that restore together, each its own parts of one step.
     Raises: UserError (exit code 3) with a list of what is wrong if there are steps and none is sound. UserError with a table
       of (path, saved, now) if names, shapes or dtypes of the newest sound step differ.
     """
@@ -60,7 +61,7 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
     passed: dict[int, Damage] = {}
     for step in reversed(committed_steps(directory)):
         try:
-            found = _load(directory / str(step), abstract, part)
+            found = _load(directory / str(step), abstract, part, gang)
         except Damage as damage:
             log.warning("checkpoint of step %d passed over: %s", step, damage)
             passed[step] = damage
@@ -155,31 +156,31 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(int(path.name), path.stat().st_mtime, leaves, metadata, {})
 
 
-def _load(path: Path, abstract: Any, part: str) -> Restored:
+def _load(path: Path, abstract: Any, part: str, gang: Gang | None = None) -> Restored:
     wanted = name_leaves(abstract, part=part)
     # The loop runs under transfer_guard("disallow"); reading a checkpoint is a transfer that is meant.
     with jax.transfer_guard("allow"):
-        found = _everywhere(path, lambda: read_manifest(path))
+        found = _everywhere(gang, path, lambda: read_manifest(path))
         stored = {name: _as_exported(leaf, found.leaves.get(name)) if part else leaf for name, leaf in wanted.items()}
         check_fits(path, saved=found.leaves, wanted=stored, part=part)
-        loaded = _everywhere(path, lambda: read_leaves(path, stored))
+        loaded = _everywhere(gang, path, lambda: read_leaves(path, stored))
         check_sums(path, found.leaves, loaded)
         leaves = [loaded[name].astype(leaf.dtype) for name, leaf in wanted.items()]
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
 
 
-def _everywhere(path: Path, read: Callable[[], T]) -> T:
+def _everywhere(gang: Gang | None, path: Path, read: Callable[[], T]) -> T:
     """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
-    if jax.process_count() == 1:
-        return read()
     result, damage = None, None
     try:
         result = read()
     except Damage as found:
         damage = found
-    damaged = multihost_utils.process_allgather(np.int32(damage is not None))
-    if damage is None and damaged.any():
-        damage = Damage(path, f"process {int(damaged.argmax())} found it damaged")
+    where = (
+        gang.settle(f"reading {path}", damage is not None, lambda damaged: [*damaged, True].index(True)) if gang else 0
+    )
+    if gang is not None and damage is None and where < gang.count:
+        damage = Damage(path, f"process {where} ({gang.names[where]}) found it damaged")
     if damage is not None:
         raise damage
     return cast(T, result)
