@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ def open_work(gang: Gang, resolved: Resolved, workdir: Path, note: Callable[[str
         compare_with_last_start(config, workdir, note)
         open_mesh(config)
     settings = dict(flatten(dataclasses.asdict(config)))
-    agree(gang, settings | versions() | {"checkpoints": committed_steps(workdir / "checkpoints")})
+    seen = {"checkpoints": committed_steps(workdir / "checkpoints"), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    agree(gang, settings | versions() | seen)
     check_devices(gang)
     corpus = in_turn(gang, lambda: open_corpus(config, workdir, note))
     with gang.together("opening data"):

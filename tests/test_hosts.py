@@ -110,9 +110,9 @@ def test_the_quickstart_trains_the_same_on_any_number_of_processes(folder):
 @pytest.mark.nightly
 def test_hosts_that_differ_are_named_before_the_first_step(folder):
     odd = {2: settings("optim.peak_lr=3e-3", "data.split=0.9,0.1")}
-    hosts = Hosts(folder, "odd", *SHORT, *ENDLESS, count=3, devices=2, each=odd)
-    assert hosts.ends() == [3, 3, 3], hosts.everything()
-    for i in range(3):
+    hosts = Hosts(folder, "odd", *SHORT, *ENDLESS, count=4, devices=2, each=odd)
+    assert hosts.ends() == [3] * 4, hosts.everything()
+    for i in range(4):
         assert re.search(r"optim.peak_lr: 0.003 on process 2 \(.*, pid \d+\), 0.002 on the others", hosts.said(i)), i
         assert re.search(r"data.split: \[0.9, 0.1\] on process 2 \(.*\), \[0.95, 0.05\] on the others", hosts.said(i))
         assert "step 1" not in hosts.said(i)
@@ -144,7 +144,7 @@ from jaxlm.data.loader import Loader
 from jaxlm.settings import run_main
 batch = Loader.batch
 def slow(self, step, **share):
-    time.sleep(0.5 if os.environ["JAX_PROCESS_ID"] == "1" else 0)
+    time.sleep(1.5 if os.environ["JAX_PROCESS_ID"] == "1" else 0)
     return batch(self, step, **share)
 Loader.batch = slow
 run_main(train.main)
@@ -156,9 +156,10 @@ def test_a_slow_host_is_named_and_one_that_hangs_in_its_restore_ends_the_run(fol
     few = settings("train.num_steps=12")
     hosts = Hosts(folder, "slow", *SHORT, *few, count=2, devices=4, program=("-c", SLOW_DATA))
     assert hosts.ends() == [0, 0], hosts.everything()
-    assert re.search(r"the others wait for process 1 \(.*\), 0\.[3-9]\d* s a step for its data", hosts.said(0))
-    records = [r for r in read_metrics(folder / "slow") if "loss" in r][4:]
-    assert all(r["slowest_process"] == 1 and r["slowest_process_s"] > 0.2 for r in records), records
+    said = r"the others wait for process 1 \(.*, pid \d+\), [12]\.?\d* s a step for its data and in Python, where half"
+    assert re.search(said, hosts.said(0)), hosts.everything()
+    records = [r for r in read_metrics(folder / "slow") if "loss" in r][3:]
+    assert all(r["slowest_process"] == 1 and r["slowest_process_s"] > 0.5 for r in records), records
     limits = settings("train.num_steps=20", "hosts.wait_s=8")
     hosts = Hosts(folder, "slow", *SHORT, *limits, count=2, devices=4, program=("-c", SLOW_RESTORE))
     assert hosts.ends() == [3, 3], hosts.everything()
@@ -168,27 +169,24 @@ def test_a_slow_host_is_named_and_one_that_hangs_in_its_restore_ends_the_run(fol
 @pytest.mark.nightly
 def test_a_pipeline_over_two_hosts_saves_what_one_host_resumes_on_any_mesh(folder):
     """Two hosts of two devices: model=2 inside a host, pipeline=2 across; then one host, without either."""
-    layers = settings("model.num_layers=2", "model.vocab_multiple=4", "train.accumulate=2", "train.batch_size=8")
+    layers = settings("model.num_layers=2", "model.vocab_multiple=4", "train.accumulate=2", "checkpoint.every_steps=4")
     across = settings("mesh.pipeline=2", "mesh.model=2", "mesh.data=1", "mesh.fsdp=1", "pipeline.microbatches=2")
-    until = {n: settings(f"train.num_steps={n}") for n in (8, 12)}
-    hosts = Hosts(
-        folder, "pipe", *SHORT, *layers, *across, *until[8], *settings("checkpoint.every_steps=4"), count=2, devices=2
-    )
+    eight, twelve = settings("train.num_steps=8"), settings("train.num_steps=12")
+    hosts = Hosts(folder, "across", *SHORT, *layers, *across, *eight, count=2, devices=2)
     assert hosts.ends() == [0, 0], hosts.everything()
-    assert committed_steps(folder / "pipe" / "checkpoints") == [8]
-    assert checkpoint_command(["verify", str(folder / "pipe")]) == 0
-    for name, mesh in {"whole": ("data=-1", "fsdp=1"), "mixed": ("data=2", "fsdp=2", "model=2"), "pipe": ()}.items():
-        if name != "pipe":
-            shutil.copytree(folder / "pipe", folder / name)
+    assert committed_steps(folder / "across" / "checkpoints") == [4, 8]
+    assert checkpoint_command(["verify", str(folder / "across")]) == 0
+    meshes = {"data=8": ("data=-1", "fsdp=1"), "mixed": ("data=2", "fsdp=2", "model=2")}
+    for name, mesh in meshes.items():
+        shutil.copytree(folder / "across", folder / name)
         degrees = settings(*(f"mesh.{axis}" for axis in mesh))
-        if name == "pipe":  # back on two hosts, from what was saved there
-            hosts = Hosts(folder, name, *SHORT, *layers, *across, *until[12], count=2, devices=2)
-            assert hosts.ends() == [0, 0], hosts.everything()
-        else:
-            assert train.main(command(folder, name, *SHORT, *layers, *until[12], *degrees)) == 0
-    assert (
-        train.main(command(folder, "unbroken", *SHORT, *layers, *until[12], *settings("mesh.data=-1", "mesh.fsdp=1")))
-        == 0
-    )
-    for name in ("whole", "mixed", "pipe"):
-        assert_close(losses(folder, name), losses(folder, "unbroken"))
+        assert train.main(command(folder, name, *SHORT, *layers, *twelve, *degrees)) == 0
+    hosts = Hosts(folder, "across", *SHORT, *layers, *across, *twelve, count=2, devices=2)
+    assert hosts.ends() == [0, 0] and "resumes after step 8" in hosts.said(0), hosts.everything()
+    whole = settings("mesh.data=-1", "mesh.fsdp=1")
+    assert train.main(command(folder, "unbroken", *SHORT, *layers, *twelve, *whole)) == 0
+    wanted = losses(folder, "unbroken")
+    for name in (*meshes, "across"):
+        found = losses(folder, name)
+        assert found.keys() == wanted.keys()
+        assert max(abs(found[k] / wanted[k] - 1) for k in wanted) < 1e-5, name  # N5: another mesh
