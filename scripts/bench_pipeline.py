@@ -3,7 +3,7 @@
   python scripts/bench_pipeline.py --config FILE.py[:arg] [--config.a.b=v ...] --stages 2 --rows 1 --microbatches 4 8 16 32
 
 The ideal step of M microbatches on P stages is that of M microbatches one after the other on one device, divided by P; one
-device is timed at the smallest and the largest M, and its time is a line between them. A step should take ideal x (1 + bubble),
+device is timed at the two smallest M, and its time is the line through them. A step should take ideal x (1 + bubble),
 where bubble = (P - 1) / (M R). Prints a JSON line a case: step_ms (median), ideal_ms, bubble, excess (step over ideal x
 (1 + bubble), minus 1), tokens/s.
 """
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         def run(text: str, M: int) -> float:
             return step_s(apply(config, f"{text},batch_size={M * args.rows}"), corpus, args.steps)
 
-        few, many = min(args.microbatches), max(args.microbatches)
+        few, many = (2 * sorted(args.microbatches))[:2]
         alone = {M: run(f"data=1,accumulate={M}", M) for M in (few, many)}
         print(json.dumps({"one_device_ms": {M: 1e3 * s for M, s in alone.items()}}), flush=True)
         slope = (alone[many] - alone[few]) / max(many - few, 1)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def step_s(config: Config, corpus: Corpus, steps: int) -> float:
-    """Median seconds of a step, every step waited for."""
+    """Median seconds of a step after the first, every step waited for."""
     devices = 1
     for degree in config.mesh.degrees.values():
         devices *= degree
@@ -82,12 +82,12 @@ def step_s(config: Config, corpus: Corpus, steps: int) -> float:
     state, run = init_state(program), compile_step(program)
     loader = training_loader(config, corpus)
     batch, times_s = put_batch(program, loader.batch(0)), []
-    for _ in range(steps + 2):
+    for _ in range(steps + 1):
         begin = time.perf_counter()
         state, metrics = run(state, batch)
         float(metrics.loss)
         times_s.append(time.perf_counter() - begin)
-    return statistics.median(times_s[2:])
+    return statistics.median(times_s[1:])
 
 
 if __name__ == "__main__":
