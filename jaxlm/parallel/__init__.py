@@ -6,6 +6,8 @@ check.py    what a table must hold, and what it must not leave replicated
 dense.py    products with the model's weights: gathers, sums and scatters, placed by hand
 context.py  attention over a mesh: how the positions of a row meet, chosen and differentiated
 zigzag.py   one of the ways: a block of keys at a time, round a ring or gathered
+gang.py     the processes of a run: who is there, what all agree on, who is gone
+multihost.py  who this process is, jax between processes, comparing them, votes beside the steps
 hlo.py      a compiled step's text -> its collectives, by mesh axis
 describe.py the tables of layout.txt: collectives, parameters
 
