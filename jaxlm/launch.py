@@ -86,6 +86,8 @@ class Launch:
             restarts += 1
             _say(f"ended with {code}; restart {restarts} of {self._args.max_restarts} in {wait_s:.0f} s")
             time.sleep(wait_s)
+            if self._told is not None:
+                return code
 
     def _once(self, restarts: int) -> int:
         """Starts the gang and waits for its end. Returns 0, or the exit code of the process that failed first."""

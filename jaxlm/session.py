@@ -108,6 +108,11 @@ def open_tool_program(config: Config, *, plain: bool) -> Program:
         return open_program(config)
     rows, width = config.train.batch_unit // config.train.accumulate, config.model.embed_dim
     count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
+    if count < jax.device_count() and jax.process_count() > 1:
+        rule = (
+            f"rows and width split over {count} of the {jax.device_count()} devices of {jax.process_count()} processes"
+        )
+        raise UserError(Problem("a tool's mesh", rule, "run the tool by itself, in one process"))
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
     return open_program(config, jax.devices()[:count])
 

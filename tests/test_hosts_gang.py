@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from jaxlm.config import UserError
 from jaxlm.parallel.gang import Gang, Limits, free_port
-from jaxlm.parallel.multihost import Place, differences, find_place
+from jaxlm.parallel.multihost import Place, differences, find_place, unused_gpus
 
 # A process of a gang: joins, does what it is told, and prints what became of it. Needs no jax, so it starts in a moment.
 MEMBER = """
@@ -75,16 +76,30 @@ def test_what_all_say_comes_to_all(port):
 
 
 def test_missing_twice_started_and_misnumbered_processes_are_named():
-    port, other = free_port(), free_port()
-    first = [member(port, 0, "wait", 3), member(port, 1, "wait", 3)]
-    time.sleep(0.5)
-    others = [member(port, 1, "wait", 3), member(port, 2, "wait", 4), member(other, 1, "wait", 2)]
-    codes, said = ends([*first, *others])
-    assert codes == [3] * 5, said
-    assert all("process 2 of 3 did not come to: start" in text for text in said[:2]), said
-    assert "process 1 (n1) is there already: n1" in said[2]
-    assert "process 2 (n2) says that there are 4 processes, process 0 says 3" in said[3]
-    assert f"process 0 at 127.0.0.1:{other} | can't be reached in 2 s: [Errno 111] Connection refused" in said[4]
+    port, other, limits = free_port(), free_port(), Limits(join_s=1.5, heartbeat_s=2)
+    zero = Gang(0, 3, f"127.0.0.1:{port}", name="n0", limits=limits)
+
+    def enter(gang):
+        with pytest.raises(UserError) as error:
+            gang.__enter__()
+        return f"{error.value.exit_code} {error.value}"
+
+    def gang(process, count, port, name):
+        return Gang(process, count, f"127.0.0.1:{port}", name=name, limits=limits)
+
+    with ThreadPoolExecutor(5) as threads:
+        waiting = [threads.submit(enter, each) for each in (zero, gang(1, 3, port, "n1"), gang(1, 2, other, "lost"))]
+        while not (hasattr(zero, "_hub") and len(zero._hub._members) == 2):
+            time.sleep(0.01)
+        twice, wrong = (
+            threads.submit(enter, gang(*who)).result() for who in ((1, 3, port, "twin"), (2, 4, port, "n2"))
+        )
+        missing, also, lost = (each.result() for each in waiting)
+    for text in (missing, also):
+        assert text.startswith("3 process ") and "process 2 of 3 did not come to: start" in text
+    assert "process 1 (twin) is there already: n1\n" in twice
+    assert "process 2 (n2) says that there are 4 processes, process 0 says 3\n" in wrong
+    assert f"process 0 at 127.0.0.1:{other}\n  can't be reached in 2 s: [Errno 111] Connection refused" in lost
 
 
 def test_a_port_that_is_taken_is_named(port):
@@ -136,6 +151,13 @@ def test_the_odd_one_out_is_told_from_the_others():
     assert differences(facts) == [("lr", [1], "0.2", "0.1")]
     assert differences([{"a": (1, 2)}, {"a": [1, 2]}]) == []
     assert json.loads(differences([{"a": 1}, {}])[0][2]) is None
+
+
+def test_a_gpu_that_no_process_of_its_host_uses_is_found():
+    assert unused_gpus([("a", 8, 8), ("b", 1, 8), ("c", 4, 8), ("c", 4, 8), ("d", 1, 1), ("d", 1, 1)]) == [
+        "b uses 1 of 8"
+    ]
+    assert unused_gpus([("cpu", 0, 0)]) == []
 
 
 SLURM = {

@@ -149,13 +149,15 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
         raise UserError(Problem(TLS, rule, "use jax 0.11.2 or newer, or unset it"), exit_code=EXIT_PEERS)
     name = f"{socket.gethostname()}, pid {os.getpid()}"
     with Gang(place.process, place.count, place.address, name=name, limits=limits) as gang:
+        if place.gpus is not None:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, place.gpus)))
         if place.count > 1:
             jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; the loop agrees by Votes
             bind = "127.0.0.1" if gang.host in LOOPBACK else "[::]"
             port = gang.settle("a port for jax", free_port(), lambda ports: ports[0])
             jax.distributed.initialize(
                 f"{gang.host}:{port}", place.count, place.process, cluster_detection_method="deactivate",
-                local_device_ids=place.gpus, coordinator_bind_address=f"{bind}:{port}",
+                coordinator_bind_address=f"{bind}:{port}",
                 initialization_timeout=int(limits.join_s), heartbeat_timeout_seconds=int(limits.heartbeat_s + JAX_LATER_S),
             )  # fmt: skip
         yield gang
@@ -198,19 +200,20 @@ def _named(gang: Gang, processes: Sequence[int]) -> str:
 
 def check_devices(gang: Gang) -> None:
     """Raises UserError (exit code 3), in each process, where the processes of a host leave one of its GPUs unused."""
-
-    def unused(all_said: list) -> list:
-        hosts = defaultdict[str, list](list)
-        for host, used, visible in all_said:
-            hosts[host].append((used, visible))
-        sums = ((host, sum(u for u, _ in parts), max(v for _, v in parts)) for host, parts in hosts.items())
-        return [f"{host} uses {used} of {visible}" for host, used, visible in sums if used < visible]
-
     used = jax.local_device_count() if jax.default_backend() == "gpu" else 0
-    found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else 0), unused)
+    found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else 0), unused_gpus)
     if found and gang.count > 1:
         remedy = "start a process for each GPU or one for all, or hide the others with CUDA_VISIBLE_DEVICES"
         raise UserError(Problem("GPUs", "; ".join(found), remedy), exit_code=EXIT_PEERS)
+
+
+def unused_gpus(processes: Sequence[tuple[str, int, int]]) -> list[str]:
+    """Of the (host, GPUs in use, GPUs visible) of each process: the hosts where not all are used, in words."""
+    hosts = defaultdict[str, list[tuple[int, int]]](list)
+    for host, *counts in processes:
+        hosts[host].append((counts[0], counts[1]))
+    sums = ((host, sum(used for used, _ in parts), max(seen for _, seen in parts)) for host, parts in hosts.items())
+    return [f"{host} uses {used} of {seen}" for host, used, seen in sums if used < seen]
 
 
 class Votes:
