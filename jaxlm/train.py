@@ -40,8 +40,9 @@ from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
 from jaxlm.opening import Work, open_work, take_lock
 from jaxlm.parallel.gang import Gang, Limits
-from jaxlm.parallel.multihost import ALONE, Asked, Place, agree, find_place, join, slow_devices
+from jaxlm.parallel.multihost import ALONE, Place, agree, find_place, join
 from jaxlm.parallel.replicas import step_twice
+from jaxlm.parallel.votes import Asked, slow_devices
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
 from jaxlm.resume import owes_evaluation
