@@ -248,6 +248,7 @@ class Loop:
                 if evaluates or saves:
                     self.ledger.enter("step", step=done)
                     self.meter.start(time_s=time.monotonic())
+                    self.asked.starts()
                 self._announce_commits()
             self.ledger.enter("save", step=done)
         self.store.wait()

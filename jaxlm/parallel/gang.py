@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ BEATS = 5  # messages in heartbeat_s
 LEAVE_S = 1.0  # for the last words: of those whose main thread has an error of its own to print, and of `at_end`
 END = "the end of the run"
 RERUN = "the same command on every host goes on from the newest checkpoint"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,6 @@ def free_port() -> int:
 
 def _line(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 class _Hub(threading.Thread):
@@ -84,22 +81,35 @@ class _Hub(threading.Thread):
         self._selector.register(listener, selectors.EVENT_READ, None)
 
     def run(self) -> None:
-        while True:
-            for key, _ in self._selector.select(self._limits.heartbeat_s / BEATS):
-                if key.data is None:
-                    connection, _ = self._listener.accept()
-                    connection.settimeout(self._limits.heartbeat_s)
-                    self._selector.register(connection, selectors.EVENT_READ, self.Member(connection))
-                else:
-                    self._read(key.data)
-            now = time.monotonic()
-            for member in [*self._members.values()]:
-                self._send(member, {"kind": "beat"})
-                if now - member.seen_s > self._limits.heartbeat_s:
-                    self._gone(member, f"was silent for {now - member.seen_s:.0f} s")
-            for name, question in [*self._questions.items()]:
-                if now > question.end_s:
-                    self._missing(name, question)
+        try:
+            beat_s = 0.0
+            while True:
+                self._hear()
+                if time.monotonic() > beat_s:
+                    beat_s = time.monotonic() + self._limits.heartbeat_s / BEATS
+                    self._look_round()
+        except BaseException:  # without this thread the run would go on blind
+            traceback.print_exc()
+            os._exit(1)
+
+    def _hear(self) -> None:
+        for key, _ in self._selector.select(self._limits.heartbeat_s / BEATS):
+            if key.data is None:
+                connection, _ = self._listener.accept()
+                connection.settimeout(self._limits.heartbeat_s)
+                self._selector.register(connection, selectors.EVENT_READ, self.Member(connection))
+            else:
+                self._read(key.data)
+
+    def _look_round(self) -> None:
+        now = time.monotonic()
+        for member in [*self._members.values()]:
+            self._send(member, {"kind": "beat"})
+            if now - member.seen_s > self._limits.heartbeat_s:
+                self._gone(member, f"was silent for {now - member.seen_s:.0f} s")
+        for at, question in [*self._questions.items()]:
+            if now > question.end_s:
+                self._missing(at, question)
 
     def _read(self, member: Member) -> None:
         try:
@@ -113,8 +123,10 @@ class _Hub(threading.Thread):
         for line in lines:
             try:
                 self._take(member, json.loads(line))
-            except (ValueError, KeyError, TypeError):  # a stranger on our port
-                self._drop(member)
+            except (ValueError, KeyError, TypeError):
+                if member.process >= 0:
+                    raise
+                self._drop(member)  # a stranger on our port
                 return
 
     def _take(self, member: Member, message: dict) -> None:
@@ -186,18 +198,18 @@ class _Hub(threading.Thread):
 class Gang:
     """This process among the `count` of its run; alone, it says everything to itself. A context manager.
 
-    address: where process 0 listens, "host:port".   name: of this process, for the others' messages.
-    bind: the address process 0 listens on (None: the loopback where `address` is there, else all).
+    address: of process 0, "host:port"; where that is the loopback, it listens there alone.
+    name: of this process, for the others' messages.
     Raises (on entry): UserError (exit code 3) that says who is missing, or why this process is not wanted.
     """
 
-    def __init__(self, process: int, count: int, address: str, *, name: str, limits: Limits, bind: str | None = None):
+    def __init__(self, process: int, count: int, address: str, *, name: str, limits: Limits):
         self.process, self.count, self.names = process, count, [name]
-        self._name, self._limits, self._bind = name, limits, bind
+        self._name, self._limits = name, limits
         self.host, _, port = address.rpartition(":")
         self._port = int(port or 0)
         self._answers: dict[str, Any] = {}
-        self._heard = threading.Condition()
+        self._heard, self._sending = threading.Condition(), threading.Lock()
         self._asked: dict[str, int] = {}
         self._ending = False
         self.at_end: list[Callable[[], None]] = []  # called before this process ends because of another
@@ -269,22 +281,22 @@ class Gang:
             raise UserError(*problems, exit_code=said["code"])
 
     def _listen(self) -> socket.socket:
-        bind = self._bind if self._bind is not None else ("127.0.0.1" if self.host in LOOPBACK else "")
+        port, alone = self._port, self.host in LOOPBACK
         try:
-            if bind or not socket.has_dualstack_ipv6():
-                family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-                return socket.create_server((bind, self._port), family=family, backlog=1024)
-            return socket.create_server(("", self._port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+            if alone or not socket.has_dualstack_ipv6():
+                return socket.create_server(("127.0.0.1" if alone else "", port), backlog=1024)
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         except OSError as error:
-            where, remedy = f"process 0 at {bind or '*'}:{self._port}", "choose another port, the same on every host"
+            where, remedy = f"process 0 at {self.host}:{port}", "choose another port, the same on every host"
             raise UserError(Problem(where, f"can't listen: {error.strerror}", remedy), exit_code=EXIT_PEERS) from error
 
     def _connect(self) -> socket.socket:
         end_s, reason = time.monotonic() + self._limits.join_s, "no answer"
-        host = self.host.strip("[]") if self.process or self._bind in (None, "") else self._bind
         while time.monotonic() < end_s:
             try:
-                return socket.create_connection((host, self._port), timeout=min(5.0, self._limits.join_s))
+                return socket.create_connection(
+                    (self.host.strip("[]"), self._port), timeout=min(5.0, self._limits.join_s)
+                )
             except OSError as error:  # it may not have started yet, nor its name be known
                 reason = str(error)
                 time.sleep(0.2)
@@ -293,7 +305,7 @@ class Gang:
         raise UserError(Problem(f"process 0 at {self.host}:{self._port}", rule, remedy), exit_code=EXIT_PEERS)
 
     def _send(self, message: dict) -> None:
-        with suppress(OSError):  # the thread that reads will say what is wrong
+        with suppress(OSError), self._sending:  # the thread that reads will say what is wrong
             self._connection.sendall(_line(message))
 
     def _await(self, at: str, limit_s: float) -> Any:

@@ -62,6 +62,10 @@ class Asked:
             self._taken_s, self._num_taken = self._taken_s + table[:, 1], self._num_taken + 1
         return self._code
 
+    def starts(self) -> None:
+        """What this process does by itself counts from here on, and not the save before."""
+        self._heard_s = time.monotonic()
+
     def dispatches(self) -> None:
         """From here on the devices of all processes have to come along."""
         self._own_s += time.monotonic() - self._heard_s
