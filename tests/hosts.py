@@ -23,10 +23,10 @@ class Hosts:
     def __init__(
         self, folder: Path, workdir: str, *more: str, count: int, devices: int,
         each: dict[int, list[str]] | None = None, prefix: dict[int, list[str]] | None = None, host: str = "127.0.0.1",
-        program: tuple[str, ...] = ("-m", "jaxlm.train"), flags: str = "", count_said: int = 0,
+        program: tuple[str, ...] = ("-m", "jaxlm.train"), count_said: int = 0,
     ):  # fmt: skip
         kept = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-        xla_flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}", flags])
+        xla_flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
         environment = dict(os.environ, XLA_FLAGS=xla_flags, PYTHONUNBUFFERED="1")
         environment["JAX_NUM_PROCESSES"] = str(count_said or count)
         environment["JAX_COORDINATOR_ADDRESS"] = f"{host}:{free_port()}"

@@ -30,7 +30,8 @@ def run(tmp_path, program, *flags, processes=2):
 def test_one_death_ends_the_gang_and_its_words_come_last(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
     ends = "time.sleep(0.3 if me < 2 else 60)\nif me == 1: print('first', file=sys.stderr)\nsys.exit([3, 7][me])"
-    assert run(tmp_path, COUNT + ends, processes=3) == 7
+    begin = time.monotonic()
+    assert run(tmp_path, COUNT + ends, processes=3) == 7 and time.monotonic() - begin < 30
     said = capfd.readouterr()
     assert {"[0] I am 0", "[1] I am 1", "[2] I am 2", "[1] first"} <= set(said.out.splitlines())
     assert said.err == "launch: process 1 ended first, with 7; the last it wrote:\n    I am 1\n    first\n"
