@@ -87,7 +87,7 @@ def test_a_slurm_job_is_queued_again_when_it_is_preempted_and_goes_on(tmp_path, 
     )
     assert second.returncode == 0 and f"resumes after step {saved}" in second.stdout, second
     assert "scontrol" not in second.stdout and "8 x cpu, data=2 x fsdp=4" in second.stdout
-    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [*range(1, saved + 3)]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == [*range(1, saved + 3)]
 
 
 @pytest.mark.nightly
