@@ -35,6 +35,9 @@ IN_VAIN = 3  # restarts without a newer checkpoint
 LAST_LINES = 20
 GRACE_S = 5.0  # that the others of a gang have to notice by themselves, and to end when told
 BACK_OFF_S, MOST_S = 1.0, 60.0
+# Of XLA on CPU devices, in each process. By default it has one a device: then two sums that are ready together can each hold
+# threads the other waits for, for ever; and how work is cut, and so the order of sums, depends on devices a process.
+CPU_THREADS = "16"
 
 
 class Child:
@@ -134,6 +137,7 @@ class Launch:
         elif each:
             flags = env.get("XLA_FLAGS", "").split()
             flags = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
+            env.setdefault("NPROC", CPU_THREADS)
             env["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={each}"])
         args.logs.mkdir(parents=True, exist_ok=True)
         log = (args.logs / f"process-{number}.log").open("a" if restarts else "w")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runs import command, settings
 
+from jaxlm.launch import CPU_THREADS
 from jaxlm.parallel.gang import free_port
 
 QUICK = settings("hosts.heartbeat_s=10", "hosts.join_s=60", "hosts.wait_s=60")
@@ -28,6 +29,7 @@ class Hosts:
         kept = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         xla_flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
         environment = dict(os.environ, XLA_FLAGS=xla_flags, PYTHONUNBUFFERED="1")
+        environment["NPROC"] = CPU_THREADS
         environment["JAX_NUM_PROCESSES"] = str(count_said or count)
         environment["JAX_COORDINATOR_ADDRESS"] = f"{host}:{free_port()}"
         self.logs = [folder / f"{workdir}.{i}.{time.monotonic_ns()}.log" for i in range(count)]
