@@ -12,7 +12,12 @@ APPLIES = (
     ("mesh.zero", lambda c: c.mesh.fsdp != 1 or c.mesh.rules, "mesh.fsdp above 1"),
     *(
         (f"pipeline.{key}", lambda c: c.mesh.pipeline != 1, "mesh.pipeline above 1")
-        for key in ("schedule", "microbatches", "repeats", "stage_layers")
+        for key in ("schedule", "microbatches", "repeats", "stage_layers", "in_place")
+    ),
+    (
+        "pipeline.in_place",
+        lambda c: c.pipeline.schedule == "1f1b",
+        "pipeline.schedule=1f1b: others keep all activations",
     ),
     ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),

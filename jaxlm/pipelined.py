@@ -86,7 +86,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
     if problems:
         raise UserError(*problems)
-    return Schedule(settings.schedule, P, M, R), Stages(P, R, tuple(counts))
+    return Schedule(settings.schedule, P, M, R, settings.in_place), Stages(P, R, tuple(counts))
 
 
 def slot_dims(pipe: Pipeline, dims: dict) -> dict:
