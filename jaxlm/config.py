@@ -93,6 +93,10 @@ class PipelineConfig:
     repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
     stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
 
+    def pieces(self, stages: int) -> int:
+        """Microbatches that follow one another through `stages` stages."""
+        return self.microbatches or 4 * stages
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -184,6 +184,12 @@ def shown(value: Any) -> str:
     )
 
 
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with the cells of `rows` under one another."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 def keys_help() -> str:
     """A table of every setting: name, type, default, what it is."""
     lines = ["settings (--config.SECTION.KEY=VALUE):"]
@@ -272,14 +278,19 @@ def to_json(resolved: Resolved, run: Mapping[str, Any]) -> str:
 
 def from_json(text: str) -> Config:
     """The Config that `to_json` wrote. Raises UserError if it is damaged or this version has no such setting or type."""
-    problems: list[Problem] = []
-    given: dict[str, tuple[Any, str]] = {}
     try:
         tree = json.loads(text)["config"]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(Problem("config.json", f"is damaged: {e}", "restore it, or use another --workdir")) from e
-    for path, value in flatten(tree):
-        _accept(given, problems, path, value, "config.json", typed)
+    return from_values(dict(flatten(tree)), "config.json")
+
+
+def from_values(values: Mapping[str, Any], source: str) -> Config:
+    """The Config with these values of "section.key", all others their defaults. Raises UserError as `from_json`."""
+    problems: list[Problem] = []
+    given: dict[str, tuple[Any, str]] = {}
+    for path, value in values.items():
+        _accept(given, problems, path, value, source, typed)
     if problems:
         raise UserError(*problems)
     return _build({path: (key.default, "default") for path, (_, key) in SCHEMA.items()} | given)

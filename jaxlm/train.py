@@ -40,11 +40,10 @@ from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
-from jaxlm.resume import compare_data, compare_with_last_start, owes_evaluation
+from jaxlm.resume import last_made, owes_evaluation
 from jaxlm.session import (
     evaluate_batches,
     open_mesh,
-    open_program,
     open_tool_program,
     preflight,
     restore_params,
@@ -59,6 +58,7 @@ from jaxlm.step import (
     abstract_state,
     all_finite,
     init_state,
+    make_program,
     put_batch,
     with_recent,
     without_recent,
@@ -98,13 +98,15 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
-        compare_with_last_start(config, workdir, progress.note)
-        open_mesh(config)
+        layout, made = open_mesh(config), last_made(workdir, progress.note)
+        if made is not None:
+            made.compare_settings(config, layout.mesh.shape, progress.note)
         corpus = open_corpus(config, workdir, progress.note)
         resolved = with_corpus(resolved, corpus, progress.note)
         config = resolved.config
-        compare_data(config, workdir, corpus.fingerprints)
-        program = open_program(config)
+        if made is not None:
+            made.compare_data(config, corpus.fingerprints, progress.note)
+        program = make_program(config, layout)
         loader = training_loader(config, corpus)
         held_out = evaluation_loaders(config, corpus, progress.note)
         store = stack.enter_context(open_store(config, workdir, lock))

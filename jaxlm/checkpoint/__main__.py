@@ -22,11 +22,11 @@ from jaxlm.checkpoint import examine, layout, manifest
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
-from jaxlm.checkpoint.restore import columns, read_manifest
+from jaxlm.checkpoint.restore import read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
 from jaxlm.checkpoint.space import bytes_text
 from jaxlm.config import Problem, UserError
-from jaxlm.settings import Parser, flatten, run_main, shown
+from jaxlm.settings import Parser, columns, flatten, run_main, shown
 
 EXIT_DIFFERENT, EXIT_DAMAGED = 1, 3
 
@@ -207,7 +207,7 @@ def _retention(directory: Path, args: argparse.Namespace) -> Retention:
             found = manifest.read(directory / str(step))
         except Damage:
             continue
-        settings = found.metadata.get("config", {}).get("checkpoint", settings) if found else settings
+        settings = found.metadata.get("config", {}).get("checkpoint", settings)
     asked = {"keep": args.keep, "keep_every": args.keep_every, "keep_best": args.keep_best}
     rules = Retention(*(settings.get(key, default) if value is None else value
                         for (key, value), default in zip(asked.items(), (3, 0, 0))))  # fmt: skip

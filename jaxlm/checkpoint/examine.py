@@ -87,7 +87,7 @@ def differences(one: Path, other: Path, advance: Advance) -> list[Difference]:
         x, y = a.get(name), b.get(name)
         if x is None or y is None or str(x) != str(y):
             found.append(Difference(name, str(x or "-"), str(y or "-"), None, None))
-        elif x != y or x.checksum is None:
+        elif x != y:
             first, second = (np.asarray(_read(path, {name: leaf})[name]) for path, leaf in ((one, x), (other, y)))
             largest, scale = _largest(first, second)
             if largest != 0:

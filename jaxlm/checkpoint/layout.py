@@ -29,7 +29,7 @@ from jaxlm.checkpoint import manifest
 log = logging.getLogger("jaxlm.checkpoint")
 
 ITEM = "state"  # the one Orbax item of a step
-ORBAX_FILE = "_CHECKPOINT_METADATA"  # what a step from before step.json has instead
+ORBAX_FILE = "_CHECKPOINT_METADATA"  # tells a step that has lost its step.json from what is none
 WRITING = ".writing"
 PRUNED = ".pruned"
 ABANDONED = "abandoned"

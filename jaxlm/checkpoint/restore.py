@@ -7,7 +7,7 @@ and the one before it is tried; a step that is sound and does not fit the caller
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.checkpoint.quiet import silence_details
 from jaxlm.config import Problem, UserError
+from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
-SEALED = "sealed"  # in Orbax's own metadata: a manifest belongs to this step
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,13 @@ def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     Raises: Damage if they cannot be read.
     """
     where = str(path.absolute())  # Orbax takes no other
-    return _or_damage(path, lambda: ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM])
+    try:
+        with _reading():
+            return ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM]
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # out of memory: no word against the files
+    except Exception as error:
+        raise Damage(path, first_line(error)) from error
 
 
 def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
@@ -124,25 +130,14 @@ def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.A
 
 def changed(saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> list[str]:
     """Names of arrays of `loaded` that have not the bits that were saved."""
-    return [name for name, value in checksums(loaded).items() if saved[name].checksum not in (value, None)]
+    return [name for name, value in checksums(loaded).items() if saved[name].checksum != value]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the step in `path`, its files all there. A step from before there were any gets one without checksums.
-
-    Raises: Damage.
-    """
+    """The manifest of the step in `path`, its files all there.   Raises: Damage."""
     found = manifest.read(path)
-    if found is not None:
-        manifest.check_files(path, found)
-        return found
-    kept = _or_damage(path, lambda: ocp.checkpointables_metadata(str(path.absolute())))
-    metadata = kept.custom_metadata or {}
-    if metadata.get(SEALED):
-        raise Damage(path / manifest.FILE, "missing")
-    log.warning("%s was saved without checksums: what is loaded is not verified", path)
-    leaves = {name: Leaf(str(leaf.dtype), tuple(leaf.shape), None) for name, leaf in kept.metadata[ITEM].items()}
-    return Manifest(int(path.name), path.stat().st_mtime, leaves, metadata, {})
+    manifest.check_files(path, found)
+    return found
 
 
 def _load(path: Path, abstract: Any, part: str) -> Restored:
@@ -186,12 +181,6 @@ def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any
     raise UserError(Problem(str(path), "\n    ".join([head, *table]), remedy))
 
 
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines with the cells of `rows` under one another."""
-    widths = [max(map(len, cells)) for cells in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
 def _describe(leaf: Any) -> str:
     return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
@@ -204,16 +193,6 @@ def first_line(error: BaseException) -> str:
         return f"{error.problems[0].where} {error.problems[0].rule}"
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0][:400]}"
-
-
-def _or_damage(path: Path, read: Callable[[], Any]) -> Any:
-    try:
-        with _reading():
-            return read()
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # out of memory: no word against the files
-    except Exception as error:
-        raise Damage(path, first_line(error)) from error
 
 
 def _reading() -> ocp.Context:

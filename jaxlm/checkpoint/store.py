@@ -21,7 +21,7 @@ from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.checkpoint.restore import SEALED, Restored, first_line, restore_latest_good
+from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError
@@ -193,7 +193,7 @@ class CheckpointStore:
     def _begin(self, step: int, staged: dict[str, jax.Array]) -> ocp.AsyncResponse[None]:
         path = layout.writing_path(self.directory, step)
         with _writing():
-            return ocp.save_checkpointables_async(str(path), {ITEM: staged}, custom_metadata={SEALED: True})
+            return ocp.save_checkpointables_async(str(path), {ITEM: staged})
 
     def _finish(
         self, step: int, staged: dict, response: Any, seal: Callable[[Path], None], start: float, blocked_s: float

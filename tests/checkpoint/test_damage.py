@@ -164,12 +164,11 @@ def test_order_is_by_step_whatever_the_clocks_say(directory):
     assert not fall_back(directory)
 
 
-def test_a_step_from_before_checksums_loads_with_a_warning(tmp_path, caplog):
-    state = {"params.kernel": jnp.arange(8.0), "step": jnp.int32(4)}
-    ocp.save_checkpointables(str(tmp_path / "4"), {"state": state}, custom_metadata={"tokens": 12})
-    restored = restore_latest_good(tmp_path, abstract({"params": {"kernel": jnp.ones(8)}, "step": jnp.int32(0)}))
-    assert restored.metadata == {"tokens": 12} and restored.state["params"]["kernel"].tolist() == list(range(8))
-    assert "saved without checksums" in caplog.text
+def test_a_step_without_its_manifest_is_never_loaded_and_never_taken_for_no_step(tmp_path):
+    ocp.save_checkpointables(str(tmp_path / "4"), {"state": {"kernel": jnp.arange(8.0)}})
+    with pytest.raises(UserError, match=r"none of its checkpoints is sound:\n.*4/step.json: missing") as caught:
+        restore_latest_good(tmp_path, abstract({"kernel": jnp.ones(8)}))
+    assert caught.value.exit_code == 3
 
 
 def test_being_out_of_memory_is_no_word_against_a_step(directory, monkeypatch):
