@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 
@@ -246,6 +247,17 @@ class Config:
     log: LogConfig = LogConfig()
 
 
+class Exit(IntEnum):
+    """Exit codes of every command: 0 done, 1 an error that nobody foresaw, and these."""
+
+    SETUP = 2  # settings or environment, for the user to mend
+    UNUSABLE = 3  # no usable checkpoint, lock or peers; or the last save failed
+    DIVERGED = 4
+    PREEMPTED = 75  # saved: start me again
+    WATCHDOG = 124
+    INTERRUPTED = 130  # saved, but for a second Ctrl-C
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing for the user to mend: where it is, which rule it breaks, what to do."""
@@ -261,7 +273,7 @@ class Problem:
 class UserError(ValueError):
     """Something the user can mend; printed as three lines a problem, without a traceback."""
 
-    def __init__(self, *problems: Problem, exit_code: int = 2):
+    def __init__(self, *problems: Problem, exit_code: int = Exit.SETUP):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
         self.exit_code = exit_code

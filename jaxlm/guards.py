@@ -19,9 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
-EXIT_PREEMPTED, EXIT_WATCHDOG, EXIT_INTERRUPTED = 75, 124, 130
 STACKS_FILE = "stacks.txt"
 TICK_S = 0.5  # how often the watchdog looks
 NET_S = 3.0  # how long after the watchdog the net below it ends the process
@@ -83,8 +82,8 @@ class StopSignals:
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.exit_code is not None:
-            os._exit(EXIT_INTERRUPTED)
-        self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+            os._exit(Exit.INTERRUPTED)
+        self.exit_code = Exit.PREEMPTED if number == signal.SIGTERM else Exit.INTERRUPTED
         self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
 
 
@@ -175,7 +174,7 @@ class Watchdog:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._asked_s = self._asked_s or time.monotonic()
                 if number == signal.SIGINT and self._asked:
-                    os._exit(EXIT_INTERRUPTED)
+                    os._exit(Exit.INTERRUPTED)
                 self._asked.append(number)
 
     def _end(self, why: str) -> None:
@@ -186,7 +185,7 @@ class Watchdog:
         writer.join(FILE_S)  # the folder may be what hangs
         os.write(2, text.encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
-        os._exit(EXIT_WATCHDOG)
+        os._exit(Exit.WATCHDOG)
 
     def _write(self, text: str) -> None:
         with open(self._folder / STACKS_FILE, "w") as file:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from jaxlm.checks import check, ignored
-from jaxlm.config import Config, Problem, UserError, derived, get
+from jaxlm.config import Config, Exit, Problem, UserError, derived, get
 
 PREFIX = "--config."
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -261,7 +261,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
         code = e.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = Exit.INTERRUPTED
     except Exception:
         sys.stdout.flush()
         traceback.print_exc()

@@ -25,11 +25,11 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Config, Problem, UserError
+from jaxlm.config import Config, Exit, Problem, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.generate import write_sample
-from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
+from jaxlm.guards import Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
@@ -64,8 +64,6 @@ from jaxlm.step import (
     without_recent,
 )
 
-EXIT_NOT_SAVED, EXIT_DIVERGED = 3, 4
-
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
@@ -95,7 +93,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         train, before_s = config.train, earlier.running_s if earlier else 0
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
-        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
+        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect, may_write=lambda: not lock.lost))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
         layout, made = open_mesh(config), last_made(workdir, progress.note)
@@ -138,9 +136,10 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             state, code = loop.run(state, start, owed=owed)
         except UserError:
             ledger.enter("end")
-            log.flush()
-            ledger.flush()
-            note_report(workdir, progress.note)
+            if not lock.lost:
+                log.flush()
+                ledger.flush()
+                note_report(workdir, progress.note)
             raise
         ledger.enter("end")
         finish(program, state, corpus, workdir, code, progress.note)
@@ -242,7 +241,7 @@ class Loop:
         self.store.wait()
         self._announce_commits()
         saved = done == 0 or self.store.committed_step == done
-        return state, (self.stop.exit_code or 0) if saved else EXIT_NOT_SAVED
+        return state, (self.stop.exit_code or 0) if saved else Exit.UNUSABLE
 
     def _next(self, batches: Prefetch, done: int, state: TrainState) -> tuple[Any, float]:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
@@ -283,7 +282,7 @@ class Loop:
             record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
             record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
-            self.log.write(record)
+            self._write(record)
             self.progress.update(record)
         if streak:
             shown = f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
@@ -297,7 +296,7 @@ class Loop:
                     f"{streak} updates in a row were dropped; the last good update was step {step - streak}",
                     f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}",
                 ),
-                exit_code=EXIT_DIVERGED,
+                exit_code=Exit.DIVERGED,
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:
@@ -319,7 +318,12 @@ class Loop:
             mean = sum(result.loss * (result.tokens / tokens) for result in found.values())
             losses = {"eval_loss": mean} | {f"eval_loss_{name}": result.loss for name, result in found.items() if name}
             self._evaluated = (step, losses)
-            self.log.write({"step": step} | losses)
+            self._write({"step": step} | losses)
+
+    def _write(self, record: dict) -> None:
+        """A line of metrics.jsonl, while the folder is this run's."""
+        self.store.check_lock()
+        self.log.write(record)
 
     def _save(self, step: int, state: TrainState) -> None:
         self.ledger.enter("save", step=step)
@@ -327,7 +331,7 @@ class Loop:
         if not jax.device_get(all_finite(state.params)):
             rule = "an update made parameters infinite or not a number: the state is not saved"
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
-            raise UserError(Problem(f"step {step}", rule, remedy), exit_code=EXIT_DIVERGED)
+            raise UserError(Problem(f"step {step}", rule, remedy), exit_code=Exit.DIVERGED)
         evaluated, losses = self._evaluated
         facts = {"tokens": self.loader.tokens_before(step), "metrics": losses if evaluated == step else {}}
         self.store.save(step, as_saved(self.program, state), metadata=self.made_with | facts | without_recent(state)[1])
@@ -353,7 +357,7 @@ def make_meter(facts: dict) -> StepMeter:
 def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
     sample, log = None, program.config.log
-    if code == EXIT_NOT_SAVED:
+    if code == Exit.UNUSABLE:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
         note("stopped; the same command goes on from here")
@@ -363,7 +367,7 @@ def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, c
             note(f"--- the model's writing ---\n{sample}\n---")
         except UserError as e:  # the run is done and saved, whatever this says
             note(f"no sample: {e.problems[0]}")
-    if code != EXIT_PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
+    if code != Exit.PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
         note_report(workdir, note, sample=sample)
 
 

@@ -1,5 +1,6 @@
 """What a run does when something breaks under it: rows, numbers, devices, disks, rights, patience."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from runs import command, final_checkpoint, make_folder, settings, start
 
 from jaxlm import train
 from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.lock import RunLock
 from jaxlm.config import UserError
 from jaxlm.data.loader import Loader
 from jaxlm.metrics.ledger import read_account
@@ -61,6 +63,24 @@ def test_parameters_that_an_update_made_infinite_are_not_saved(folder):
     with pytest.raises(UserError, match="infinite or not a number") as caught:
         train.main(command(folder, "wild", *SHORT, *wild))
     assert caught.value.exit_code == 4 and committed_steps(folder / "wild" / "checkpoints") == []
+
+
+def test_a_run_that_lost_its_folder_leaves_before_it_writes_another_line(folder, monkeypatch):
+    step, workdir = train.Loop._step, folder / "taken"
+    with contextlib.ExitStack() as other:
+
+        def losing(self, number, state, batch):
+            if number == 4:
+                other.enter_context(RunLock(workdir, force=True))
+                (workdir / "metrics.jsonl").write_text('{"step": 1, "of": "the other run"}\n')
+            return step(self, number, state, batch)
+
+        monkeypatch.setattr(train.Loop, "_step", losing)
+        with pytest.raises(UserError, match="was taken over by .*: this run writes nothing more") as caught:
+            train.main(command(folder, "taken", *SHORT))
+        assert caught.value.exit_code == 3 and committed_steps(workdir / "checkpoints") == []
+        assert read_metrics(workdir) == [{"step": 1, "of": "the other run"}]
+        assert not (workdir / "report.md").exists()
 
 
 def test_a_checkpoint_says_what_it_was_made_with(folder):

@@ -25,10 +25,10 @@ from jaxlm.checkpoint.manifest import Damage, Manifest
 from jaxlm.checkpoint.restore import read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
 from jaxlm.checkpoint.space import bytes_text
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 from jaxlm.settings import Parser, columns, flatten, run_main, shown
 
-EXIT_DIFFERENT, EXIT_DAMAGED = 1, 3
+EXIT_DIFFERENT = 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # the accelerators may be training
     if not committed_steps(args.workdir / "checkpoints"):
         problem = Problem(str(args.workdir / "checkpoints"), "holds no checkpoint", "name a run's folder")
-        raise UserError(problem, exit_code=EXIT_DAMAGED)
+        raise UserError(problem, exit_code=Exit.UNUSABLE)
     try:
         return COMMANDS[args.command](args)
     except Damage as damage:
         remedy = "choose another step; a run that trains deletes old ones"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=EXIT_DAMAGED) from damage
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
     except OSError as error:
         raise UserError(
             Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
@@ -76,12 +76,12 @@ def list_steps(args: argparse.Namespace) -> int:
         row["kept"] = kept.get(row["step"], [])
     if args.json:
         print(json.dumps(rows, indent=1))
-        return EXIT_DAMAGED if damaged else 0
+        return Exit.UNUSABLE if damaged else 0
     table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept", "verified")]
     print("\n".join(columns([*table, *map(_row, rows)])))
     for step, reason in damaged.items():
         print(f"step {step} is damaged: {reason}")
-    return EXIT_DAMAGED if damaged else 0
+    return Exit.UNUSABLE if damaged else 0
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def verify(args: argparse.Namespace) -> int:
             print(f"step {step}: " + ("\n  ".join(["DAMAGED", *map(str, results[step])]) if results[step] else "sound"))
     if args.json:
         print(json.dumps({step: [str(damage) for damage in found] for step, found in results.items()}, indent=1))
-    return EXIT_DAMAGED if any(results.values()) else 0
+    return Exit.UNUSABLE if any(results.values()) else 0
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -186,7 +186,7 @@ def _step(workdir: Path, step: int) -> Path:
         problem = Problem(
             str(workdir), f"holds no checkpoint of step {step}", f"it has steps {', '.join(map(str, steps))}"
         )
-        raise UserError(problem, exit_code=EXIT_DAMAGED)
+        raise UserError(problem, exit_code=Exit.UNUSABLE)
     return workdir / "checkpoints" / str(step)
 
 

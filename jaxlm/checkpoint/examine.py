@@ -25,7 +25,7 @@ from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
 from jaxlm.checkpoint.store import CheckpointStore
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -106,7 +106,7 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     others = [step for step in committed_steps(output / "checkpoints") if not _is_export(output, step)]
     if others:
         rule = f"holds checkpoints of a run, which an export would replace: {', '.join(map(str, others))}"
-        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=3)
+        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=Exit.UNUSABLE)
     cast: dict[str, jax.Array] = {}
     for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
         loaded = _read(path, batch)
@@ -122,7 +122,8 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     if any(outcome.error for outcome in outcomes) or store.committed_step != source.step:
         reason = next((outcome.error for outcome in outcomes if outcome.error), "it holds another step")
         raise UserError(
-            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"), exit_code=3
+            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"),
+            exit_code=Exit.UNUSABLE,
         )
     for name in ("config.json", "data/chars.json"):  # the run's settings, and a tokenizer that it made for itself
         if (workdir / name).is_file():

@@ -21,7 +21,7 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
@@ -65,7 +65,7 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
     if passed:
         rule = "\n    ".join(["none of its checkpoints is sound:", *map(str, passed.values())])
         remedy = "mend the disk and rerun, restore a copy, or move them elsewhere to start anew"
-        raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
+        raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
     return None
 
 
@@ -96,12 +96,12 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
     if step is None or step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
-        raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
+        raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
     try:
         return _load(directory / str(step), abstract, part)
     except Damage as damage:
         remedy = f"it has steps {', '.join(map(str, steps))}; python -m jaxlm.checkpoint verify says which are sound"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=3) from damage
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
 
 
 def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -134,8 +134,7 @@ class CheckpointStore:
         for name, leaf in named.items():
             assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         self.wait()
-        if self._lock is not None:
-            self._lock.check()
+        self.check_lock()
         if self._committed_step is not None and step <= self._committed_step:
             self._refuse_earlier(step)
             return False
@@ -178,9 +177,10 @@ class CheckpointStore:
         """The newest step that is known to be restorable."""
         return self._committed_step
 
-    def steps(self) -> list[int]:
-        """Committed steps on disk, ascending."""
-        return committed_steps(self.directory)
+    def check_lock(self) -> None:
+        """Raises UserError (exit code 3) if another run has taken over."""
+        if self._lock is not None:
+            self._lock.check()
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -203,8 +203,7 @@ class CheckpointStore:
             (response or self._begin(step, staged)).result()
             if jax.process_index() == 0:
                 seal(layout.writing_path(self.directory, step))
-                if self._lock is not None:
-                    self._lock.check()
+                self.check_lock()
                 layout.commit(self.directory, step)
         except Exception as error:  # whatever ended it, the run goes on and the next save may succeed
             self._failed(step, error, start, blocked_s)

@@ -48,10 +48,11 @@ class Ledger:
         workdir: Path,
         *,
         on_enter: Callable[[str], None] = lambda phase: None,
+        may_write: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
-        self._path, self._on_enter, self._clock = workdir / FILE_NAME, on_enter, clock
+        self._path, self._on_enter, self._may_write, self._clock = workdir / FILE_NAME, on_enter, may_write, clock
         self._start = wall_clock()
         self._phase, self._since_s, self._written_s = "init", clock(), clock()
         self._spent = defaultdict[str, float](float)

@@ -189,13 +189,13 @@ class MetricsLog:
         self._warn = warn
         self._path = Path(workdir) / FILE_NAME
         self._waiting: list[bytes] = []
+        self._torn_from: int | None = None  # bytes of the file before a line that fits in part
         self._warned = False
         remedy = "give --workdir a folder that you may write to and that has space left"
         with mendable(str(self._path), "the metrics file", remedy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             num_damaged, num_later = _cut_back(self._path, resume_step=resume_step)
-            with open(self._path, "ab") as file:
-                self._end_bytes = file.tell()  # of the last whole line
+            self._path.open("ab").close()
         if num_damaged:
             warn(f"{self._path}: took out {num_damaged} damaged lines")
         if num_later:
@@ -246,13 +246,14 @@ class MetricsLog:
         """Writes the lines that wait, in order. Opens the file anew: a stale handle (NFS) must not fail every retry."""
         try:
             with open(self._path, "ab") as file:
-                self._end_bytes = min(self._end_bytes, file.tell())
-                file.truncate(self._end_bytes)  # of a line that did not fit, a part may be there
+                if self._torn_from is not None:  # a part of a line that did not fit; never a line of another process
+                    file.truncate(self._torn_from)
                 while self._waiting:
-                    rest = self._waiting[0]
+                    rest, self._torn_from = self._waiting[0], file.seek(0, os.SEEK_END)
                     while rest:
                         rest = rest[os.write(file.fileno(), rest) :]
-                    self._end_bytes += len(self._waiting.pop(0))
+                    self._torn_from = None
+                    del self._waiting[0]
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:

@@ -12,6 +12,7 @@ from closed_form import abstract, make_state, same
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.restore import restore, restore_latest_good, restore_params
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
@@ -141,7 +142,7 @@ def test_a_run_that_fell_back_moves_the_bad_steps_aside_when_it_saves(directory)
     (directory / "12").mkdir()  # no checkpoint: it is not in the way of 11
     with CheckpointStore(directory) as store:
         assert store.restore_latest_good(LIKE).step == store.committed_step == 9
-        assert store.steps() == [9, 10], "nothing has happened yet"
+        assert committed_steps(store.directory) == [9, 10], "nothing has happened yet"
         store.save(10, make_state(10, width=WIDTH), metadata={"step": 10})
     assert not fall_back(directory)
     assert (directory / "abandoned" / "10" / "step.json").read_text() == "{}"
@@ -154,7 +155,7 @@ def test_a_bad_step_keeps_no_good_one_from_being_kept(directory):
     with CheckpointStore(directory) as store:
         for step in (11, 12):
             store.save(step, make_state(step, width=WIDTH))
-    assert store.steps() == [9, 10, 11, 12]
+    assert committed_steps(store.directory) == [9, 10, 11, 12]
 
 
 def test_order_is_by_step_whatever_the_clocks_say(directory):
