@@ -327,7 +327,7 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.ledger.enter("save", step=step)
-        self.log.flush()
+        self.log.settle()
         if not jax.device_get(all_finite(state.params)):
             rule = "an update made parameters infinite or not a number: the state is not saved"
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
