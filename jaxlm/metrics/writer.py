@@ -17,7 +17,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +126,16 @@ def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
     """
     waiting = path.with_name(LATER)
     (found, num_damaged), (held, _) = _by_key(path), _by_key(waiting)
-    last = max((step for step, _ in found), default=0)
-    held = {key: line for key, line in held.items() if key[0] > last}
-    later = {key: line for key, line in {**held, **found}.items() if key[0] > resume_step}
-    kept = [line for (step, _), line in {**found, **held}.items() if step <= resume_step]
-    for file, lines in ((waiting, [later[key] for key in sorted(later, key=itemgetter(0))]), (path, kept)):
-        data = b"".join(line + b"\n" for line in lines)
+    lines = sorted(
+        (found | held).items(), key=lambda line: line[0][0]
+    )  # what waits is of a branch that has checkpoints
+    parts = {waiting: [line for (step, _), line in lines if step > resume_step]}
+    parts[path] = [line for (step, _), line in lines if step <= resume_step]
+    for file, part in parts.items():
+        data = b"".join(line + b"\n" for line in part)
         if data != (file.read_bytes() if file.exists() else b""):
             write_atomically(file, data)
-    return num_damaged, len(later.keys() & found.keys())
+    return num_damaged, sum(step > resume_step for step, _ in found)
 
 
 def _by_key(path: Path) -> tuple[dict[tuple[int, frozenset[str]], bytes], int]:
