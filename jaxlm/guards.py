@@ -22,6 +22,7 @@ from types import TracebackType
 from jaxlm.config import Exit, Problem, UserError
 
 STACKS_FILE = "stacks.txt"
+AGAIN_S = 1.0  # a Ctrl-C that follows faster is the same one: `timeout` signals its child, and then the child's group
 TICK_S = 0.5  # how often the watchdog looks
 NET_S = 3.0  # how long after the watchdog the net below it ends the process
 FILE_S = 2.0  # how long writing the stacks to the workdir may take
@@ -66,10 +67,11 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; a second Ctrl-C leaves at once."""
+    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; one more, a second later, leaves at once."""
 
     def __init__(self, note: Callable[[str], None]):
         self.exit_code: int | None = None
+        self._asked_s = 0.0
         self._note = note
 
     def __enter__(self) -> StopSignals:
@@ -82,7 +84,10 @@ class StopSignals:
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.exit_code is not None:
-            os._exit(Exit.INTERRUPTED)
+            if time.monotonic() - self._asked_s >= AGAIN_S:
+                os._exit(Exit.INTERRUPTED)
+            return
+        self._asked_s = time.monotonic()
         self.exit_code = Exit.PREEMPTED if number == signal.SIGTERM else Exit.INTERRUPTED
         self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
 
@@ -172,9 +177,9 @@ class Watchdog:
     def _count(self, numbers: bytes) -> None:
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
-                self._asked_s = self._asked_s or time.monotonic()
-                if number == signal.SIGINT and self._asked:
+                if number == signal.SIGINT and self._asked and time.monotonic() - self._asked_s >= AGAIN_S:
                     os._exit(Exit.INTERRUPTED)
+                self._asked_s = self._asked_s or time.monotonic()
                 self._asked.append(number)
 
     def _end(self, why: str) -> None:

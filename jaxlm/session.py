@@ -7,16 +7,17 @@ loss.png, summary.json, and stacks.txt where the watchdog ended it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlm.checkpoint import restore
 from jaxlm.checks import ignored
@@ -31,6 +32,8 @@ from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, Resolved, from_json
 from jaxlm.step import Program, abstract_state, make_program
+
+AHEAD = 2  # batches of an evaluation in flight
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -181,10 +184,18 @@ class Evaluation:
     tokens: int
 
 
-def evaluate_batches(eval_fn: Callable, params: object, batches: Iterable[Batch]) -> Evaluation:
-    """The mean over `batches` on devices; the device is read once, at the end."""
-    sums = [eval_fn(params, batch) for batch in batches]
-    nats, tokens = (float(np.asarray(jax.device_get(part), np.float64).sum()) for part in zip((0, 0), *sums))
+def evaluate_batches(
+    eval_fn: Callable, params: object, batches: Iterable[Batch], *, seen: Callable[[], object] = lambda: None
+) -> Evaluation:
+    """The mean over `batches`. Each is read AHEAD batches after it was dispatched, and `seen` is called then: neither do
+    batches pile up on the devices, nor do these wait."""
+    sums, ahead = [], deque()
+    for batch in batches:
+        ahead.append(eval_fn(params, batch))
+        if len(ahead) > AHEAD:
+            sums.append(jax.device_get(ahead.popleft()))
+            seen()
+    nats, tokens = (math.fsum(map(float, part)) for part in zip((0, 0), *sums, *jax.device_get([*ahead])))
     return Evaluation(nats / max(tokens, 1), int(tokens))
 
 

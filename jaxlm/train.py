@@ -194,7 +194,7 @@ class Loop:
     ledger: Ledger
     made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
     _evaluated: tuple[int, Mapping[str, float]] = field(default=(0, {}), init=False)
-    _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
+    _pending: tuple[int, StepMetrics] | None = field(default=None, init=False)
 
     def run(self, state: TrainState, start: int, *, owed: bool = False) -> tuple[TrainState, int]:
         """Steps start+1 .. train.num_steps. Returns the last state and the exit code.
@@ -219,11 +219,11 @@ class Loop:
             self.meter.start(time_s=time.monotonic())
             last = done == train.num_steps or self.stop.exit_code is not None
             while not last:  # what was asked once the loop has looked is met by the next step, with its save
-                batch, wait_s = self._next(batches, done, state)
+                batch = self._next(batches, done, state)
                 state, metrics = self._step(done + 1, state, batch)
                 done += 1
                 self._read_pending()
-                self._pending = (done, metrics, wait_s)
+                self._pending = (done, metrics)
                 evaluates = train.evaluates_after(done) and self.stop.exit_code is None
                 if evaluates:
                     self._read_pending()
@@ -243,11 +243,12 @@ class Loop:
         saved = done == 0 or self.store.committed_step == done
         return state, (self.stop.exit_code or 0) if saved else Exit.UNUSABLE
 
-    def _next(self, batches: Prefetch, done: int, state: TrainState) -> tuple[Any, float]:
+    def _next(self, batches: Prefetch, done: int, state: TrainState) -> Any:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
         self.ledger.enter("data wait", step=done)
         try:
-            batch = next(batches)
+            batch, wait_s = next(batches)
+            self.meter.wait(wait_s)
             self.ledger.enter("step")
             return batch
         except UserError:
@@ -271,12 +272,12 @@ class Loop:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
         if self._pending is None:
             return
-        (step, metrics, wait_s), self._pending = self._pending, None
+        (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         config = self.program.config
         tokens = self.loader.tokens_before(step)
         of_step = tokens - self.loader.tokens_before(step - 1)
-        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s, tokens=of_step)
+        self.meter.step(time_s=time.monotonic(), tokens=of_step)
         skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": tokens}
@@ -301,14 +302,15 @@ class Loop:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """The loss on every set, each by its name, and eval_loss over the tokens of all."""
-        self.ledger.enter("evaluate", step=step)
+        seen = partial(self.ledger.enter, "evaluate", step=step)  # which the watchdog hears
+        seen()
         found = {}
         for name, held_out in self.held_out.items():
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
             unasked = itertools.takewhile(lambda _: self.stop.exit_code is None, range(count))
             rows = (put_batch(self.program, held_out.batch(i)) for i in unasked)
-            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows)
+            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows, seen=seen)
             if self.stop.exit_code is not None:
                 return
             of = f" of {name}" if name else ""

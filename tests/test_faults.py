@@ -20,8 +20,10 @@ from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.config import UserError
 from jaxlm.data.loader import Loader
+from jaxlm.guards import Watchdog
 from jaxlm.metrics.ledger import read_account
 from jaxlm.metrics.writer import read_metrics
+from jaxlm.session import AHEAD
 
 # Eight steps of a smaller model, one compiled program for the whole file.
 SHORT = settings(
@@ -83,8 +85,12 @@ def test_a_run_that_lost_its_folder_leaves_before_it_writes_another_line(folder,
         assert not (workdir / "report.md").exists()
 
 
-def test_a_checkpoint_says_what_it_was_made_with(folder):
-    assert train.main(command(folder, "whole", *SHORT)) == 0
+def test_a_checkpoint_says_what_it_was_made_with_and_an_evaluation_that_it_goes_on(folder, monkeypatch):
+    heard, expect = [], Watchdog.expect
+    monkeypatch.setattr(Watchdog, "expect", lambda self, phase: (heard.append(phase), expect(self, phase))[1])
+    assert train.main(command(folder, "whole", *SHORT, *settings("data.split=0.5,0.5"))) == 0
+    batches = 9414 // 32 // 16 + 1  # of the held-out half
+    assert heard.count("evaluate") == 1 + batches - AHEAD  # the watchdog starts anew with each that was read
     made_with = final_checkpoint(folder / "whole").metadata
     assert made_with["config"]["optim"]["peak_lr"] == 1e-2 and made_with["tokens"] == 8 * 16 * 32
     assert set(made_with["versions"]) >= {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm"}

@@ -49,6 +49,7 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     assert set(steps[0]) >= {"step", "loss", "grad_norm", "lr", "tokens", "mfu"} | TIMES
+    assert all(r["data_wait_s"] <= r["step_time_s"] for r in steps)  # a wait counts where it happens
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert [r["step"] for r in records if "eval_loss" in r] == [6, 12, 18, 24]
     saved = json.loads((unbroken / "config.json").read_text())

@@ -126,9 +126,8 @@ def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
     """
     waiting = path.with_name(LATER)
     (found, num_damaged), (held, _) = _by_key(path), _by_key(waiting)
-    lines = sorted(
-        (found | held).items(), key=lambda line: line[0][0]
-    )  # what waits is of a branch that has checkpoints
+    # what waits is of the branch that has checkpoints, and goes before
+    lines = sorted((found | held).items(), key=lambda line: line[0][0])
     parts = {waiting: [line for (step, _), line in lines if step > resume_step]}
     parts[path] = [line for (step, _), line in lines if step <= resume_step]
     for file, part in parts.items():
