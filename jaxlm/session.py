@@ -25,13 +25,12 @@ from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError,
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, Resolved, from_json
-from jaxlm.step import Program, abstract_state, make_program
+from jaxlm.step import Program, abstract_state, chosen_attention, make_program
 
 AHEAD = 2  # batches of an evaluation in flight
 
@@ -71,8 +70,7 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    attention = choose_attention(config.model, layout.platform, documents=config.data.separates)
-    refuse_nondeterministic(config, attention.kernel.name)
+    chosen_attention(config, layout)
     for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
         choose_context(layout, config.model, length)
         layout.check_divides("a row", (length,), ("residual",))
@@ -122,8 +120,7 @@ def _fits(mesh: MeshConfig) -> bool:
 def attention_facts(program: Program) -> dict[str, str]:
     """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
     model, layout = program.config.model, program.layout
-    documents = program.config.data.separates
-    facts = {"attention": str(choose_attention(model, layout.platform, documents=documents))}
+    facts = {"attention": str(chosen_attention(program.config, layout))}
     if layout.split("seq"):
         facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
     return facts
@@ -142,15 +139,6 @@ def use_device_settings(config: Config) -> None:
             problem = Problem(f"train.compilation_cache={folder}", f"can't be made: {e}", "choose a folder of yours")
             raise UserError(problem) from e
         jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def refuse_nondeterministic(config: Config, kernel: str) -> None:
-    """Raises UserError where train.deterministic is asked of an attention `kernel` that can not keep it."""
-    if config.train.deterministic and kernel == "cudnn":
-        rule = "XLA loses cuDNN's attention when it is to be deterministic (openxla/xla, pull request 46500)"
-        raise UserError(
-            Problem("train.deterministic=True", rule, "set model.attention=xla, or train.deterministic=False")
-        )
 
 
 def check_accelerator() -> None:

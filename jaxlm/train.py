@@ -56,7 +56,6 @@ from jaxlm.step import (
     StepMetrics,
     TrainState,
     abstract_state,
-    all_finite,
     init_state,
     make_program,
     put_batch,
@@ -330,7 +329,7 @@ class Loop:
     def _save(self, step: int, state: TrainState) -> None:
         self.ledger.enter("save", step=step)
         self.log.settle()
-        if not jax.device_get(all_finite(state.params)):
+        if not jax.device_get(self.compiled.all_finite(state.params)):
             rule = "an update made parameters infinite or not a number: the state is not saved"
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
             raise UserError(Problem(f"step {step}", rule, remedy), exit_code=Exit.DIVERGED)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import command, final_checkpoint, make_folder, settings, start
@@ -83,6 +85,26 @@ def test_a_run_that_lost_its_folder_leaves_before_it_writes_another_line(folder,
         assert caught.value.exit_code == 3 and committed_steps(workdir / "checkpoints") == []
         assert read_metrics(workdir) == [{"step": 1, "of": "the other run"}]
         assert not (workdir / "report.md").exists()
+
+
+def test_once_it_steps_a_run_compiles_nothing_more(folder, monkeypatch):
+    compiled, where, run = Counter(), ["start"], train.Loop.run
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **more: compiled.update([where[-1]] if "backend_compile" in event else [])
+    )
+
+    def looped(self, *args, **more):
+        where.append("loop")
+        ended = run(self, *args, **more)
+        where.append("end")
+        return ended
+
+    monkeypatch.setattr(train.Loop, "run", looped)
+    checks = settings(
+        "train.deterministic=true", "train.sdc_check_every=3", "train.eval_every=4", "train.skip_spikes=6"
+    )
+    assert train.main(command(folder, "steady", *SHORT, *checks)) == 0
+    assert compiled["start"] > 0 == compiled["loop"]  # of saves, evaluations, two runs of a step compared
 
 
 def test_a_checkpoint_says_what_it_was_made_with_and_an_evaluation_that_it_goes_on(folder, monkeypatch):

@@ -28,6 +28,7 @@ from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
+from jaxlm.metrics.ledger import read_account
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import load_config, open_program
 from jaxlm.step import abstract_state, init_state, make_program
@@ -312,7 +313,9 @@ def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
 )
 def test_a_changed_run_is_refused_by_table_before_anything_changes(folder, unbroken, overrides, row, remedy):
     (folder / "other.txt").write_text("something else entirely, " * 200)
-    before = {p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "metrics.jsonl")}
+    before = {
+        p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "metrics.jsonl", unbroken / "time.jsonl")
+    }
     more = settings(*(text.replace("OTHER", str(folder / "other.txt")) for text in overrides))
     (unbroken / "config.json").rename(folder / "config.json")  # what counts is what the checkpoint says
     try:
@@ -351,7 +354,7 @@ def test_what_is_allowed_or_changes_nothing_is_noted_and_goes_on(folder, unbroke
     for text in overrides:
         key = text.partition("=")[0]
         assert (f"changed since step 24: {key} " in said) == (key != "resume.allow")
-    assert f"already at step {STEPS}" in said
+    assert f"already at step {STEPS}" in said and read_account(unbroken).starts == 1
 
 
 def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, capsys):

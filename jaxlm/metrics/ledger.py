@@ -57,7 +57,7 @@ class Ledger:
         self._phase, self._since_s, self._written_s = "init", clock(), clock()
         self._spent = defaultdict[str, float](float)
         self._first = self._last = 0
-        self._write()
+        self._counts = False
         on_enter("init")
 
     def __enter__(self) -> Ledger:
@@ -72,8 +72,11 @@ class Ledger:
         return f"{PHASES[self._phase]}, {self._last} steps done"
 
     def resume(self, step: int) -> None:
-        """Steps count from here: the state is that after `step`."""
+        """Steps count from here: the state is that after `step`. A start that does not come this far is none: it was
+        refused, or found the run done, or its time is that between two starts."""
         self._first = self._last = step
+        self._counts = True
+        self._write()
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """The run begins with `phase`; `step` steps are done."""
@@ -102,6 +105,8 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
+        if not (self._counts and self._may_write()):
+            return
         line: dict[str, Any] = {"start": round(self._start, 3)}
         if self._last > self._first:
             line |= {"first": self._first, "last": self._last}
