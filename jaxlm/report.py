@@ -1,7 +1,7 @@
 """The report of a run: report.md, loss.png and summary.json from what its workdir holds.
 
 `python -m jaxlm.report WORKDIR` works on a finished run, a killed one and one in progress, and may be repeated: what
-only the training process knew (a sample of the model's writing, how the run ended) is kept in summary.json.
+only the training process knew, a sample of the model's writing, is kept in summary.json.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class Run:
     records: Sequence[Mapping[str, Any]]
     results: Summary
     sample: Mapping[str, Any] | None  # {"step", "text"}
-    outcome: Mapping[str, Any] | None
     checkpoint_steps: Sequence[int]
     time: Account | None
 
@@ -74,15 +73,13 @@ class Run:
         return None if mfu is None or not full or not causal else mfu * causal / full
 
 
-def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Mapping[str, Any] | None = None) -> Path:
+def write_report(workdir: str | Path, *, sample: str | None = None) -> Path:
     """Writes summary.json, loss.png and report.md into the workdir, each atomically; returns the path of report.md.
 
-    sample: text the model wrote, after its prompt. outcome: facts about how the run ended, name -> number or string,
-    shown as they are. Without them the ones of the previous summary.json stand; an outcome only while the run has not
-    gone on since.
+    sample: text the model wrote, after its prompt; without it the one of the previous summary.json stands.
     Raises: UserError if the workdir holds no run or no metrics yet.
     """
-    run = _read_run(Path(workdir), sample=sample, outcome=outcome)
+    run = _read_run(Path(workdir), sample=sample)
     summary = json.dumps(_summary(run), indent=2, allow_nan=False) + "\n"
     files = {"loss.png": _picture(run), "summary.json": summary.encode(), "report.md": _markdown(run).encode()}
     for name, data in files.items():
@@ -92,7 +89,7 @@ def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Map
     return run.workdir / "report.md"
 
 
-def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] | None) -> Run:
+def _read_run(workdir: Path, *, sample: str | None) -> Run:
     config = _read_json(workdir / "config.json")
     if config is None:
         rule = "no readable config.json: this is not the workdir of a run" if workdir.is_dir() else "no such folder"
@@ -103,7 +100,6 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         raise UserError(Problem(str(workdir), rule, "wait for the first logged step, or rerun the training command"))
     results = summarize(records)
     previous = _read_json(workdir / "summary.json") or {}
-    has_gone_on = (previous.get("results") or {}).get("step") != results.step
     return Run(
         workdir=workdir,
         settings=dict(flatten(config.get("config", {}))),
@@ -112,7 +108,6 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         records=records,
         results=results,
         sample={"step": results.step, "text": sample} if sample is not None else previous.get("sample"),
-        outcome=previous.get("outcome") if outcome is None and not has_gone_on else outcome,
         checkpoint_steps=sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()),
         time=read_account(workdir),
     )
@@ -126,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    """What summary.json holds: results (losses exact, null if not measured), facts, settings, sample and outcome."""
+    """What summary.json holds: results (losses exact, null if not measured), facts, settings and sample."""
     content = {
         "results": dataclasses.asdict(run.results),
         "finished": run.is_finished,
@@ -137,7 +132,6 @@ def _summary(run: Run) -> dict[str, Any]:
         "run": run.facts,
         "changed_settings": {name: run.settings.get(name) for name in run.chosen},
         "sample": run.sample,
-        "outcome": run.outcome,
     }
     return to_json_values(content)
 
@@ -191,8 +185,7 @@ def _result_rows(run: Run) -> list[tuple[str, str]]:
         ("MFU, median", _mfu_cell(run), str),
         ("checkpoints", run.checkpoint_steps or None, lambda steps: ", ".join(f"{step:,}" for step in steps)),
     ]
-    outcome = [(plain(str(name)), code(value)) for name, value in (run.outcome or {}).items()]
-    return [(name, show(value)) for name, value, show in rows if value is not None] + outcome
+    return [(name, show(value)) for name, value, show in rows if value is not None]
 
 
 def _loss_cell(point: Point) -> str:

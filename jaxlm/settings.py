@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import runpy
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from jaxlm.checks import check, ignored
 from jaxlm.config import Config, Exit, Problem, UserError, derived, get
@@ -248,6 +252,33 @@ class Parser(argparse.ArgumentParser):
         raise UserError(Problem(f"{self.prog}", message, remedy))
 
 
+@contextlib.contextmanager
+def warnings_to(note: Callable[[str], object]) -> Iterator[None]:
+    """What the rooms of jaxlm log goes to `note`, as lines of the program among its others."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(f"{record.levelname}: {record.getMessage()}")
+
+    logger = logging.getLogger("jaxlm")
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Told(logging.WARNING)], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before
+
+
+def progress_bar(total: int, what: str, unit: str, **more: Any) -> tqdm:
+    """On a terminal a bar that goes away; elsewhere a line every ten seconds, and none if all is done before the first."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=unit, leave=False, **more)
+    line = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {elapsed}, {remaining} left\n"
+    return tqdm(
+        total=total, desc=what, unit=unit, delay=10, mininterval=10, miniters=1, bar_format=line, leave=False, **more
+    )
+
+
 def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     """Exits with what `main(arguments)` returns; a UserError is printed as its three lines and gives its exit code.
 
@@ -255,7 +286,8 @@ def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     wait for a device that failed.
     """
     try:
-        code = main(sys.argv[1:])
+        with warnings_to(partial(print, file=sys.stderr)):
+            code = main(sys.argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.exit_code

@@ -50,7 +50,17 @@ from jaxlm.session import (
     use_device_settings,
     with_corpus,
 )
-from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
+from jaxlm.settings import (
+    Parser,
+    Resolved,
+    keys_help,
+    load_file,
+    resolve,
+    run_main,
+    split_overrides,
+    to_json,
+    warnings_to,
+)
 from jaxlm.step import (
     Program,
     StepMetrics,
@@ -91,8 +101,11 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         earlier = read_account(workdir)
         train, before_s = config.train, earlier.running_s if earlier else 0
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
+        stack.enter_context(warnings_to(progress.note))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
-        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect, may_write=lambda: not lock.lost))
+        ledger = stack.enter_context(
+            Ledger(workdir, on_enter=watchdog.expect, may_write=lambda: not (lock and lock.lost))
+        )
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
         layout, made = open_mesh(config), last_made(workdir, progress.note)
@@ -107,7 +120,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         loader = training_loader(config, corpus)
         held_out = evaluation_loaders(config, corpus, progress.note)
         store = stack.enter_context(open_store(config, workdir, lock))
-        ledger.enter("restore")
+        ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
         state, start = resume_or_begin(program, store, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(held_out)
         if start >= config.train.num_steps and not owed:
@@ -135,7 +148,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             state, code = loop.run(state, start, owed=owed)
         except UserError:
             ledger.enter("end")
-            if not lock.lost:
+            if not (lock and lock.lost):  # else the folder is another run's
                 log.flush()
                 ledger.flush()
                 note_report(workdir, progress.note)

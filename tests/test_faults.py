@@ -121,6 +121,7 @@ def test_a_checkpoint_says_what_it_was_made_with_and_an_evaluation_that_it_goes_
     assert "## Where the time went" in report and "steps that count" in report
     account = read_account(folder / "whole")
     assert account.starts == 1 and 0 < account.spent_s["compile"] < account.wall_s and account.spent_s["save"] > 0
+    assert account.spent_s["restore"] == 0  # there was nothing to restore
 
 
 # A run whose device never answers after step 5, or fails in it.

@@ -121,7 +121,11 @@ def test_a_run_whose_newest_checkpoint_rotted_goes_back_one_and_ends_as_the_unbr
     rotten[len(rotten) // 2] ^= 4
     file.write_bytes(rotten)
     assert train.main(command(folder, "rotten")) == 0
-    assert f"resumes after step {STEPS - 3}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resumes after step {STEPS - 3}" in said
+    assert (
+        f"\nWARNING: the checkpoint of step {STEPS} is passed over\n  {newest}/" in said
+    )  # as the program's other lines
     assert numbers(folder / "rotten") == numbers(unbroken)
     assert_bitwise(final_state(folder / "rotten"), final_state(unbroken))
     assert (folder / "rotten" / "checkpoints" / "abandoned" / str(STEPS)).is_dir()

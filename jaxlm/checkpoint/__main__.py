@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,11 @@ from jaxlm.checkpoint import examine, layout, manifest
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
-from jaxlm.checkpoint.restore import read_manifest
+from jaxlm.checkpoint.restore import TABLE_ROWS, read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
 from jaxlm.checkpoint.space import bytes_text
 from jaxlm.config import Exit, Problem, UserError
-from jaxlm.settings import Parser, columns, flatten, run_main, shown
+from jaxlm.settings import Parser, columns, flatten, progress_bar, run_main, shown
 
 EXIT_DIFFERENT = 1
 
@@ -115,9 +116,12 @@ def diff(args: argparse.Namespace) -> int:
     rows = [(key, *map(shown, values)) for key, values in settings.items()]
     print("\n".join(columns([*where, *rows])))
     number = lambda x: "-" if x is None else f"{x:.3g}"  # noqa: E731
-    cells = [(d.name, d.one, d.other, number(d.largest), number(d.relative)) for d in arrays]
+    worst = sorted(arrays, key=lambda d: -math.inf if d.relative is None else -d.relative)[:TABLE_ROWS]
+    cells = [(d.name, d.one, d.other, number(d.largest), number(d.relative)) for d in worst]
     if cells:
         print("\n".join(columns([("array", "one", "other", "largest", "relative"), *cells])))
+    if len(arrays) > len(cells):
+        print(f"... and {len(arrays) - len(cells)} arrays that differ less; --json has all")
     print(f"{len(rows)} settings and facts differ, {len(arrays)} arrays")
     return EXIT_DIFFERENT if arrays or settings else 0
 
@@ -191,12 +195,12 @@ def _step(workdir: Path, step: int) -> Path:
 
 
 def _bar(path: Path) -> tqdm:
-    """Bytes of arrays read, on a terminal."""
+    """Bytes of arrays read."""
     try:
         total = examine.size_bytes(read_manifest(path).leaves)
     except Damage:
         total = 0
-    return tqdm(total=total, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
+    return progress_bar(total, f"step {path.name}", "B", unit_scale=True)
 
 
 def _retention(directory: Path, args: argparse.Namespace) -> Retention:
@@ -231,7 +235,7 @@ def _facts(path: Path, found: Manifest) -> dict[str, Any]:
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:
     if "damaged" in facts:
         return (str(facts["step"]), *[""] * 6, "DAMAGED")
-    pairs = lambda key: " ".join(f"{name}={value}" for name, value in facts.get(key, {}).items()) or "-"  # noqa: E731
+    pairs = lambda key: " ".join(f"{name}={value:.5g}" for name, value in facts.get(key, {}).items()) or "-"  # noqa: E731
     verified = facts["verified"]
     state = "-" if verified is None else (_date(verified["at"]) if verified["sound"] else "DAMAGED")
     versions = facts.get("versions", {})

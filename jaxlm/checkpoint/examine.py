@@ -103,9 +103,8 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     Raises: Damage of the step; UserError (exit code 3) if the export can't be written.
     """
     source = read_manifest(path)
-    others = [step for step in committed_steps(output / "checkpoints") if not _is_export(output, step)]
-    if others:
-        rule = f"holds checkpoints of a run, which an export would replace: {', '.join(map(str, others))}"
+    if there := committed_steps(output / "checkpoints"):
+        rule = f"holds checkpoints already, of steps {', '.join(map(str, there))}"
         raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=Exit.UNUSABLE)
     cast: dict[str, jax.Array] = {}
     for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
@@ -130,13 +129,6 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copy(workdir / name, output / name)
     return output / "checkpoints" / str(source.step)
-
-
-def _is_export(output: Path, step: int) -> bool:
-    try:
-        return "export" in read_manifest(output / "checkpoints" / str(step)).metadata
-    except Damage:
-        return False
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:

@@ -58,7 +58,7 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
         try:
             found = _load(directory / str(step), abstract, part)
         except Damage as damage:
-            log.warning("checkpoint of step %d passed over: %s", step, damage)
+            log.warning("the checkpoint of step %d is passed over\n  %s\n  %s", step, damage.path, damage.reason)
             passed[step] = damage
         else:
             return replace(found, passed_over=passed)

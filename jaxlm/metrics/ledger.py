@@ -29,8 +29,8 @@ PHASES = {
     "evaluate": "evaluations",
     "save": "saves, as far as they block",
     "init": "settings and data",
-    "restore": "restoring or making the state",
-    "compile": "compiling",
+    "restore": "restoring",
+    "compile": "compiling, and making the first state",
     "end": "sample and report",
     "down": "between two starts",
 }
@@ -140,9 +140,11 @@ class Account:
         return f"since the first of {self.starts} starts" if self.starts > 1 else "since the first of one start"
 
     def __str__(self) -> str:
-        rest = [f"{phase} {s:.1f} s" for phase, s in self.spent_s.items() if phase != "step" and s >= 0.05]
-        whole = f"{duration_text(self.wall_s)} {self.since}"
-        return ", ".join([whole, f"{self.productive_frac:.1%} in steps that count", *rest])
+        """Two lines: the whole, and what is a hundredth of it or more, the largest first."""
+        rest = sorted(((s, phase) for phase, s in self.spent_s.items() if phase != "step"), reverse=True)
+        large = ", ".join(f"{phase} {s:.1f} s" for s, phase in rest if s >= self.wall_s / 100)
+        whole = f"{duration_text(self.wall_s)} {self.since}, {self.productive_frac:.1%} in steps that count"
+        return f"{whole}\n      {large}" if large else whole
 
 
 def read_account(workdir: str | Path) -> Account | None:

@@ -131,6 +131,12 @@ def test_diff_is_a_table_of_settings_and_arrays(workdir, capsys):
     assert code == 1 and "0 settings and facts differ, 2 arrays" in out
     assert "params.kernel  float32[64,64]  float32[3]  -        -" in out and "params.ids     int32[8]        -" in out
     assert run(capsys, "diff", workdir, workdir)[0] == 0
+    many = workdir.parent / "many"
+    for seed in (1, 2):
+        with CheckpointStore(many / "checkpoints") as store:
+            store.save(seed, {f"{i}": jnp.full(2, 100.0 + seed * i) for i in range(30)}, metadata=metadata(40))
+    lines = run(capsys, "diff", many)[1].splitlines()
+    assert lines[-2] == "... and 9 arrays that differ less; --json has all" and lines[2].split()[0] == "29"
 
 
 def test_an_export_is_the_parameters_alone_in_half_the_bytes_and_restores_as_parameters(workdir, capsys, tmp_path):
@@ -201,14 +207,15 @@ def test_what_verify_found_damaged_is_no_reason_to_delete_a_sound_step(workdir, 
 
 def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):
     other = shutil.copytree(saved, tmp_path / "other")
-    with pytest.raises(UserError, match="holds checkpoints of a run") as caught:
+    with pytest.raises(UserError, match="holds checkpoints already, of steps 10, 20, 30, 40") as caught:
         run(capsys, "export", workdir, "--output", other)
     assert caught.value.exit_code == 3 and len(list((other / "checkpoints").iterdir())) == len(SAVED)
     (tmp_path / "held").mkdir()
     with RunLock(tmp_path / "held"), pytest.raises(UserError, match="training here"):
         run(capsys, "export", workdir, "--output", tmp_path / "held")
-    for step in (20, 40):  # where exports are, another may join them
-        assert run(capsys, "export", workdir, "--output", tmp_path / "exports", "--step", step)[0] == 0
+    assert run(capsys, "export", workdir, "--output", tmp_path / "once", "--step", 40)[0] == 0
+    with pytest.raises(UserError, match="holds checkpoints already, of steps 40"):
+        run(capsys, "export", workdir, "--output", tmp_path / "once", "--step", 40, "--dtype", "float32")
 
 
 def test_folders_may_be_named_from_where_one_stands(workdir, capsys, monkeypatch):
