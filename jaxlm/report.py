@@ -276,25 +276,18 @@ def _draw_loss(axes: Axes, run: Run) -> None:
 
 
 def _plain_log_axis(axes: Axes, values: np.ndarray, *, most_ticks: int) -> None:
-    """A logarithmic y axis over values > 0; its ticks are the roundest numbers that fit, written plainly."""
-    if not len(values):
-        return
-    low, high = values.min(), values.max()
-    margin = (high / low) ** 0.04 if high > low else 1.02
-    low, high = low / margin, high * margin
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    apart = math.log(high / low) / most_ticks
-    ticks: list[float] = []
-    for step in (9, 4, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):  # 1; 1 5; 1 3 5 7 9; 1 2 3 ...: each finer than the last
-        for tick in ((1 + step * index) * 10.0**decade for decade in decades for index in range(int(9 / step) + 1)):
-            if low <= tick <= high and all(abs(math.log(tick / other)) >= apart for other in ticks):
-                ticks.append(tick)
-        if len(ticks) >= most_ticks * 2 / 3:
-            break
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
-    axes.minorticks_off()
+    """A logarithmic y axis over values > 0; its ticks are round numbers, written plainly."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if len(values):
+        low, high = values.min(), values.max()
+        margin = (high / low) ** 0.04 if high > low else 1.02
+        axes.set_yscale("log")
+        axes.set_ylim(low / margin, high * margin)
+        near = MaxNLocator(most_ticks, steps=[1, 2, 5, 10])
+        axes.yaxis.set_major_locator(near if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=most_ticks))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.minorticks_off()
 
 
 def _draw_lr_and_grad_norm(axes: Axes, run: Run) -> None:

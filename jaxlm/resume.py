@@ -19,24 +19,23 @@ from jaxlm.data.loader import batch_of
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.settings import SCHEMA, columns, flatten, from_values, shown
 
+
+def _keys(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
 SHAPE = (
-    *(f"model.{key}" for key in ("vocab_size", "vocab_multiple", "num_layers", "num_heads", "num_kv_heads", "head_dim")),
-    *(f"model.{key}" for key in ("embed_dim", "mlp_dim", "max_seq_len", "position", "norm", "embed_norm", "activation")),
-    *(f"model.{key}" for key in ("use_bias", "tie_embeddings")), "optim.name",
+    *_keys("model", "vocab_size vocab_multiple num_layers num_heads num_kv_heads head_dim embed_dim mlp_dim max_seq_len"),
+    *_keys("model", "position norm embed_norm activation use_bias tie_embeddings"), "optim.name",
 )  # fmt: skip
 DATA = (
-    *(f"data.{key}" for key in ("path", "eval", "tokenizer", "text_key", "split", "mask_eod_loss", "skip_steps")),
-    *(
-        f"data.{key}"
-        for key in ("order", "packing", "reset_at_eod", "seq_lens", "fim_rate", "fim_spm_rate", "fim_tokens")
-    ),
-    *(f"train.{key}" for key in ("batch_size", "batch_ramp", "seq_len", "seed")),
-)
+    *_keys("data", "path eval tokenizer text_key split mask_eod_loss skip_steps order packing reset_at_eod seq_lens"),
+    *_keys("data", "fim_rate fim_spm_rate fim_tokens"), *_keys("train", "batch_size batch_ramp seq_len seed"),
+)  # fmt: skip
 MASKS = ("train.accumulate", "pipeline.microbatches", "mesh.pipeline")  # dropout draws a mask for each microbatch
 UPDATE = (
-    *(key for key in SCHEMA if key.startswith("optim.") and key not in ("optim.name", "optim.offload")),
-    *(f"model.{key}" for key in ("dropout", "dtype", "rope_theta", "norm_eps")), "train.z_loss", "train.num_steps",
-    *MASKS,
+    *(key for key in SCHEMA if key.startswith("optim.") and key not in ("optim.name", "optim.offload")), *MASKS,
+    *_keys("model", "dropout dtype rope_theta norm_eps"), "train.z_loss", "train.num_steps",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint import restore
+from jaxlm.checkpoint.restore import Restored, restore
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.corpus import Corpus
@@ -157,10 +157,10 @@ def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     return load_tokenizer(f"chars:{made}" if config.data.tokenizer == "chars" else config.data.tokenizer)
 
 
-def restore_params(program: Program, workdir: Path, step: int | None) -> restore.Restored:
+def restore_params(program: Program, workdir: Path, step: int | None) -> Restored:
     """Parameters of checkpoint `step`, or of the newest, on the program's devices. UserError if there is none."""
     like = abstract_state(program).params
-    found = restore.restore_params(workdir / "checkpoints", to_layers(program.pipe, like), step=step)
+    found = restore(workdir / "checkpoints", to_layers(program.pipe, like), step=step, part="params")
     return dataclasses.replace(found, state=from_layers(program.pipe, found.state, like))
 
 

@@ -20,7 +20,6 @@ from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
-from jaxlm.checkpoint.quiet import silence_details
 from jaxlm.config import Exit, Problem, UserError
 from jaxlm.settings import columns
 
@@ -69,31 +68,21 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
     return None
 
 
-def restore_params(directory: str | Path, abstract_params: Any, *, step: int | None = None) -> Restored:
-    """The parameters alone, as `Restored.state`; optimizer state is not read. step: None takes the newest sound one.
-
-    Parameters exported in a narrower floating type are widened to the asked-for one.
-    Raises: UserError (exit code 3) without such a step, UserError with a table if the parameters differ.
-    """
-    if step is not None:
-        return restore(directory, abstract_params, step=step, part="params")
-    found = restore_latest_good(directory, abstract_params, part="params")
-    return found if found is not None else restore(directory, abstract_params, step=None, part="params")
-
-
 def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str = "") -> Restored:
-    """Loads `step` of `directory` and no other.
+    """Loads `step` of `directory` and no other; None: the newest sound one.
 
     Args:
       abstract: a tree with a `jax.ShapeDtypeStruct` that has a sharding at each leaf.
-      part: name of the subtree of the saved state that `abstract` describes; other arrays are not read. Empty means
-        the whole state, which must then have the leaves of `abstract` and no others.
+      part: name of the subtree of the saved state that `abstract` describes, "params" say; other arrays are not read, and
+        floats that were exported in a narrower type are widened. Empty means the whole state, with these leaves and no others.
 
     Raises: UserError (exit code 3) if there is no such step or it is damaged; UserError with a table if it does not fit.
     """
     directory = Path(directory).absolute()
+    if step is None and (found := restore_latest_good(directory, abstract, part=part)) is not None:
+        return found
     steps = committed_steps(directory)
-    if step is None or step not in steps:
+    if step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
         raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
@@ -200,3 +189,12 @@ def _reading() -> ocp.Context:
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # the names asked for, not all that are there
     return context
+
+
+def silence_details() -> None:
+    """Keeps Orbax's account of its work, dozens of lines a save, and the traceback of a failed one out of a run's log."""
+    logging.getLogger("absl").addFilter(_is_no_detail)  # Orbax logs through absl; adding a filter twice adds it once
+
+
+def _is_no_detail(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname

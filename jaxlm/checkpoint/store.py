@@ -20,8 +20,7 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
-from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good
+from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, silence_details
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError

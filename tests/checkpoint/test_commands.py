@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,12 @@ from test_damage import flip, kinds, offset_of
 from jaxlm.checkpoint import examine, manifest
 from jaxlm.checkpoint.__main__ import COMMANDS, main
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.restore import restore_latest_good, restore_params
+from jaxlm.checkpoint.restore import restore, restore_latest_good
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
+
+restore_params = partial(restore, step=None, part="params")
 
 SAVED = {10: 3.0, 20: 2.5, 30: None, 40: 2.75}  # step: evaluation loss
 

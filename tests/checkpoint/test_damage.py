@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.checkpoint.restore import restore, restore_latest_good, restore_params
+from jaxlm.checkpoint.restore import restore, restore_latest_good
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
+
+restore_params = partial(restore, step=None, part="params")
 
 WIDTH = 4096
 LIKE = abstract(make_state(0, width=WIDTH))
