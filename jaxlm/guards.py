@@ -67,11 +67,11 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; one more, a second later, leaves at once."""
+    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; one more, a second later, makes the
+    watchdog leave at once."""
 
     def __init__(self, note: Callable[[str], None]):
         self.exit_code: int | None = None
-        self._asked_s = 0.0
         self._note = note
 
     def __enter__(self) -> StopSignals:
@@ -84,10 +84,7 @@ class StopSignals:
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.exit_code is not None:
-            if time.monotonic() - self._asked_s >= AGAIN_S:
-                os._exit(Exit.INTERRUPTED)
-            return
-        self._asked_s = time.monotonic()
+            return  # for the watchdog's thread, which sees it also where the main thread is stuck
         self.exit_code = Exit.PREEMPTED if number == signal.SIGTERM else Exit.INTERRUPTED
         self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
 

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,17 @@ def verify(path: Path, advance: Advance) -> list[Damage]:
     except Damage as damage:
         return [damage]
     found: list[Damage] = []
-    for batch in _batches(saved):
+    batches = deque(_batches(saved))
+    while batches:
+        batch = batches.popleft()
         try:
             wrong = changed(batch, _read(path, batch))
             found += [Damage(path, f"checksum of {name} differs from what was saved") for name in wrong]
-        except Damage:
-            found.append(_unreadable(path, batch))
+        except Damage as damage:
+            if len(batch) > 1:  # which of them?
+                batches.extendleft({name: leaf} for name, leaf in reversed(batch.items()))
+                continue
+            found.append(Damage(path, f"{next(iter(batch))} can't be read: {damage.reason}"))
         advance(size_bytes(batch))
     if not is_committed(path):
         raise Damage(path, "was deleted while it was read")
@@ -147,18 +153,6 @@ def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here) for name, x in leaves.items()}
     return read_leaves(path, like)
-
-
-def _unreadable(path: Path, batch: Mapping[str, Leaf]) -> Damage:
-    """Which arrays of `batch`, read one by one, are to blame."""
-    bad: dict[str, str] = {}
-    for name, leaf in batch.items():
-        try:
-            bad |= dict.fromkeys(changed(batch, _read(path, {name: leaf})), "checksum differs from what was saved")
-        except Damage as damage:
-            bad[name] = damage.reason
-    names, more = ", ".join([*bad][:3]), f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return Damage(path, f"{names}{more} can't be read: {next(iter(bad.values()), 'but each alone can')}")
 
 
 def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:

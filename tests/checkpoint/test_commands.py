@@ -113,6 +113,11 @@ def test_verify_names_the_array_and_the_file_that_are_bad(workdir, capsys, monke
         "step 40: sound",
     ]
     assert not json.loads((path / "verified.json").read_text())["sound"]
+    monkeypatch.undo()
+    array = next(file for kind, file in kinds(workdir / "checkpoints" / "40").items() if kind.endswith("process_0/d/*"))
+    array.write_bytes(bytes(array.stat().st_size))  # the two that are small lie elsewhere
+    said = run(capsys, "verify", workdir, "--steps", 40)[1].splitlines()
+    assert [line.split(": ")[1].split(" can't")[0] for line in said[1:]] == ["mu", "params.kernel"], said
 
 
 def test_diff_is_a_table_of_settings_and_arrays(workdir, capsys):
