@@ -27,6 +27,7 @@ from jaxlm.metrics.ledger import read_account
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import AHEAD
 
+TESTS = Path(__file__).parent
 # Eight steps of a smaller model, one compiled program for the whole file.
 SHORT = settings(
     "train.num_steps=8", "train.eval_every=0", "checkpoint.every_steps=4", "log.sample_tokens=0", "optim.warmup_steps=0",
@@ -230,3 +231,14 @@ def test_a_folder_without_the_right_to_write_is_refused_before_anything_is_compi
         for closed in home.rglob("*"):
             closed.chmod(0o700)
         shutil.rmtree(home)
+
+
+def test_every_promise_of_the_documentation_names_tests_that_are_there():
+    text = (TESTS.parent / "docs" / "reliability.md").read_text()
+    rows = [row for row in text.splitlines() if row.startswith("|") and "`test" in row]
+    assert len(rows) > 35
+    for file, chosen in re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?", "".join(rows)):
+        (path,) = (p for p in (TESTS / file, TESTS / "checkpoint" / file) if p.is_file())
+        names = re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+        for part in chosen.strip('"').split(" or "):
+            assert any(part in name for name in names), (file, part)

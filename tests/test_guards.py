@@ -87,9 +87,11 @@ def test_a_stepping_process_lives_and_one_stopped_for_long_ends_when_it_is_conti
 
 def test_sigterm_while_stuck_has_its_grace_and_no_more(tmp_path):
     process = child(tmp_path, "stuck_in_cpp", limit_s=0, grace_s=1)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # counted from the first
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
     code, took_s, errors = ended(process)
-    assert code == 124 and 1 <= took_s < 3.5 and "after SIGTERM (train.preempt_grace_s)" in errors
+    assert code == 124 and 0 <= took_s < 2.5 and "after SIGTERM (train.preempt_grace_s)" in errors
 
 
 @pytest.mark.parametrize("then", ["stuck_in_cpp", "stepping"])  # the watchdog's thread hears it, or the handler

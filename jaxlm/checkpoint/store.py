@@ -27,7 +27,7 @@ from jaxlm.config import Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
-# Small chunks make a load onto another mesh 2 to 6 times slower (docs/FAULTS.md); whole shards below this stay whole.
+# Small chunks make a load onto another mesh 2 to 6 times slower: whole shards below this stay whole.
 CHUNK_BYTES = 32 * 2**20
 
 DEFAULT = Retention()
