@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlm.checkpoint import manifest
-from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.restore import newest_manifest
 from jaxlm.config import Config, Problem, UserError, get, skipped_batches
 from jaxlm.data.corpus import sets_read
 from jaxlm.data.loader import batch_of
@@ -114,17 +113,14 @@ class Made:
 
 def last_made(workdir: Path, note: Callable[[str], None]) -> Made | None:
     """What the newest checkpoint that can say so was made with; None where there is none."""
-    directory = workdir / "checkpoints"
-    for step in reversed(committed_steps(directory)):
-        try:
-            saved = manifest.read(directory / str(step)).metadata
-        except manifest.Damage:
-            continue  # restoring tells what is wrong with it
-        values = dict(flatten(saved["config"]))
-        for gone in sorted(values.keys() - SCHEMA.keys()):
-            note(f"step {step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
-        return Made(workdir, step, from_values(values, f"step {step}"), saved["mesh"], saved["data"])
-    return None
+    found = newest_manifest(workdir / "checkpoints")
+    if found is None:
+        return None
+    values = dict(flatten(found.metadata["config"]))
+    for gone in sorted(values.keys() - SCHEMA.keys()):
+        note(f"step {found.step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
+    config = from_values(values, f"step {found.step}")
+    return Made(workdir, found.step, config, found.metadata["mesh"], found.metadata["data"])
 
 
 def _microbatches(config: Config, mesh: Mapping[str, int]) -> int:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from jaxlm.checkpoint import examine, layout, manifest
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
-from jaxlm.checkpoint.restore import TABLE_ROWS, read_manifest
+from jaxlm.checkpoint.restore import TABLE_ROWS, newest_manifest, read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
 from jaxlm.checkpoint.space import bytes_text
 from jaxlm.config import Exit, Problem, UserError
@@ -160,6 +160,7 @@ def rewind(args: argparse.Namespace) -> int:
 
 COMMANDS = {"list": list_steps, "verify": verify, "diff": diff, "export": export, "prune": prune, "rewind": rewind}
 
+KEYS = ("keep", "keep_every", "keep_best")
 JSON = {"--json": dict(action="store_true", help="print JSON")}
 KEEP = {
     "--keep": dict(type=int, metavar="N", help="newest ones kept (default: the run's setting)"),
@@ -205,16 +206,11 @@ def _bar(path: Path) -> tqdm:
 
 def _retention(directory: Path, args: argparse.Namespace) -> Retention:
     """The run's rules as its newest readable checkpoint has them, or what the flags say instead."""
-    settings: dict[str, int] = {}
-    for step in committed_steps(directory):
-        try:
-            found = manifest.read(directory / str(step))
-        except Damage:
-            continue
-        settings = found.metadata.get("config", {}).get("checkpoint", settings)
-    asked = {"keep": args.keep, "keep_every": args.keep_every, "keep_best": args.keep_best}
-    rules = Retention(*(settings.get(key, default) if value is None else value
-                        for (key, value), default in zip(asked.items(), (3, 0, 0))))  # fmt: skip
+    newest = newest_manifest(directory)
+    settings = dict(zip(KEYS, (3, 0, 0)))
+    settings |= (newest.metadata.get("config", {}) if newest else {}).get("checkpoint", {})
+    asked = (args.keep, args.keep_every, args.keep_best)
+    rules = Retention(*(settings[key] if value is None else value for key, value in zip(KEYS, asked)))
     if rules.newest < 1:
         raise UserError(Problem(f"--keep={rules.newest}", "the newest checkpoint always stays", "use 1 or more"))
     return rules
@@ -225,11 +221,11 @@ def _facts(path: Path, found: Manifest) -> dict[str, Any]:
         verified = json.loads((path / manifest.VERIFIED).read_bytes())
     except (OSError, ValueError):
         verified = None
-    facts = {key: found.metadata.get(key) for key in ("mesh", "devices", "versions", "data", "export")}
-    return dict(
-        step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics, verified=verified,
-        **{key: value for key, value in facts.items() if value is not None},
-    )  # fmt: skip
+    kept = {
+        key: found.metadata[key] for key in ("mesh", "devices", "versions", "data", "export") if key in found.metadata
+    }
+    own = dict(step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics)
+    return own | {"verified": verified} | kept
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:
@@ -251,13 +247,9 @@ def _date(seconds: float) -> str:
 
 
 def _settings(found: Manifest) -> dict[str, Any]:
-    """The run's settings by section.key, and every other fact by its name."""
+    """The run's settings, and every other fact, as section.key."""
     facts = {name: value for name, value in found.metadata.items() if name != "config"}
-    return dict(flatten(found.metadata.get("config", {}))) | {
-        f"{name} {key}".strip(): value
-        for name, group in facts.items()
-        for key, value in (group.items() if isinstance(group, Mapping) else [("", group)])
-    }
+    return dict(flatten(found.metadata.get("config", {})) + flatten(facts))
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

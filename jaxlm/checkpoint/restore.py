@@ -6,6 +6,7 @@ and the one before it is tried; a step that is sound and does not fit the caller
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -127,6 +128,14 @@ def read_manifest(path: Path) -> Manifest:
     found = manifest.read(path)
     manifest.check_files(path, found)
     return found
+
+
+def newest_manifest(directory: Path) -> Manifest | None:
+    """What the newest step that can be asked says of itself; whether its files are there is not looked at."""
+    for step in reversed(committed_steps(directory)):
+        with contextlib.suppress(Damage):
+            return manifest.read(directory / str(step))
+    return None
 
 
 def _load(path: Path, abstract: Any, part: str) -> Restored:
