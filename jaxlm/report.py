@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 RAW, SMOOTH, EVAL, GRAD, INK = "#b9cde6", "#1f4e8c", "#d1495b", "#d9b382", "#333333"
 GRAD_INK = "#9c6b26"
 SMOOTH_FROM_POINTS = 20
-TRAINED = {
-    "model": "preset num_layers embed_dim num_heads num_kv_heads mlp_dim vocab_size position norm activation dtype",
-    "data": "path train eval split tokenizer",
-    "mesh": "pipeline data fsdp context model",
-    "train": "num_steps batch_size seq_len accumulate seed",
-    "optim": "name peak_lr schedule warmup_steps weight_decay",
-}
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,6 @@ def _markdown(run: Run) -> str:
     sections = {
         "Result": f"{table(('', ''), _result_rows(run))}\n\n{convention}",
         "Where the time went": _time_table(run.time) if run.time else None,
-        "What was trained": table(("", ""), _trained_rows(run)),
         "What it ran on": table(("", ""), facts) if facts else "Not recorded.",
         "Settings that differ from the default": settings,
     }
@@ -204,16 +196,6 @@ def _time_table(time: Account) -> str:
     spent = [(PHASES[phase], spent_s) for phase, spent_s in time.spent_s.items() if spent_s >= 0.05]
     rows = [(words, f"{spent_s:,.1f} s", f"{spent_s / time.wall_s:.1%}") for words, spent_s in spent]
     return table(("", "time", "share"), [*rows, (time.since, duration_text(time.wall_s), "")])
-
-
-def _trained_rows(run: Run) -> list[tuple[str, str]]:
-    """Model, data, mesh, training and optimizer in a row each."""
-    rows = []
-    for section, keys in TRAINED.items():
-        values = {key: run.settings.get(f"{section}.{key}") for key in keys.split()}
-        text = ", ".join(f"{plain(key)} {code(value)}" for key, value in values.items() if value not in (None, [], ""))
-        rows.append((section, text or "not recorded"))
-    return rows
 
 
 def _again(command: str | Sequence[str] | None) -> str:

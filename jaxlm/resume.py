@@ -16,7 +16,8 @@ from jaxlm.config import Config, Problem, UserError, get, skipped_batches
 from jaxlm.data.corpus import sets_read
 from jaxlm.data.loader import batch_of
 from jaxlm.metrics.writer import read_metrics
-from jaxlm.settings import SCHEMA, columns, flatten, from_values, shown
+from jaxlm.session import made_with
+from jaxlm.settings import SCHEMA, columns, shown
 
 
 def _keys(section: str, names: str) -> tuple[str, ...]:
@@ -116,11 +117,7 @@ def last_made(workdir: Path, note: Callable[[str], None]) -> Made | None:
     found = newest_manifest(workdir / "checkpoints")
     if found is None:
         return None
-    values = dict(flatten(found.metadata["config"]))
-    for gone in sorted(values.keys() - SCHEMA.keys()):
-        note(f"step {found.step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
-    config = from_values(values, f"step {found.step}")
-    return Made(workdir, found.step, config, found.metadata["mesh"], found.metadata["data"])
+    return Made(workdir, found.step, made_with(found, note), found.metadata["mesh"], found.metadata["data"])
 
 
 def _microbatches(config: Config, mesh: Mapping[str, int]) -> int:

@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint.restore import Restored, restore
+from jaxlm.checkpoint.manifest import Manifest
+from jaxlm.checkpoint.restore import Restored, newest_manifest, restore
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.corpus import Corpus
@@ -29,7 +30,7 @@ from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.settings import SCHEMA, Resolved, from_json
+from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
 from jaxlm.step import Program, abstract_state, chosen_attention, make_program
 
 AHEAD = 2  # batches of an evaluation in flight
@@ -188,15 +189,20 @@ def evaluate_batches(
 
 
 def load_config(workdir: Path) -> Config:
-    """The resolved settings of a run. Raises UserError if `workdir` is none."""
-    path = workdir / "config.json"
-    try:
-        return from_json(path.read_text())
-    except FileNotFoundError as e:
-        problem = Problem(f"--workdir={workdir}", "has no config.json: it is not a run", "name a run's folder")
-        raise UserError(problem) from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(Problem(str(path), f"can't be read: {e}", "mend it, or name another run's folder")) from e
+    """The settings that a run's newest checkpoint was made with. Raises UserError if there is none."""
+    found = newest_manifest(workdir / "checkpoints")
+    if found is None:
+        rule = "has no checkpoint: it is not a run, or one that has not saved yet"
+        raise UserError(Problem(f"--workdir={workdir}", rule, "name a run's folder"))
+    return made_with(found, lambda text: print(text, file=sys.stderr))
+
+
+def made_with(found: Manifest, note: Callable[[str], object]) -> Config:
+    """The settings of a checkpoint. Says which of them there are no more."""
+    values = dict(flatten(found.metadata["config"]))
+    for gone in sorted(values.keys() - SCHEMA.keys()):
+        note(f"step {found.step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
+    return from_values(values, f"step {found.step}")
 
 
 def preflight(workdir: Path) -> None:

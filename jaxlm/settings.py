@@ -2,7 +2,7 @@
 
 A config file is Python: `get_config(arg)` returns an `ml_collections.ConfigDict` holding only what it changes. Values are
 layered default < preset < file < command line, typed by the dataclasses of `jaxlm.config`, and checked; all problems are
-raised together. A config file is code and is run: use files you trust. config.json in a workdir is data and is not run.
+raised together. A config file is code and is run: use files you trust. What a run keeps of its settings is data and is not run.
 """
 
 from __future__ import annotations
@@ -305,17 +305,8 @@ def to_json(resolved: Resolved, run: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=1) + "\n"
 
 
-def from_json(text: str) -> Config:
-    """The Config that `to_json` wrote. Raises UserError if it is damaged or this version has no such setting or type."""
-    try:
-        tree = json.loads(text)["config"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(Problem("config.json", f"is damaged: {e}", "restore it, or use another --workdir")) from e
-    return from_values(dict(flatten(tree)), "config.json")
-
-
 def from_values(values: Mapping[str, Any], source: str) -> Config:
-    """The Config with these values of "section.key", all others their defaults. Raises UserError as `from_json`."""
+    """The Config with these values of "section.key", all others their defaults. Raises UserError if one is none of a key."""
     problems: list[Problem] = []
     given: dict[str, tuple[Any, str]] = {}
     for path, value in values.items():

@@ -31,7 +31,6 @@ from jaxlm.config import Exit, Problem, UserError
 log = logging.getLogger("jaxlm.checkpoint")
 
 BATCH_BYTES = 2**30
-BLOCK = 2**24  # elements compared at a time
 PARAMS = "params."
 
 Advance = Callable[[int], Any]  # told the bytes read so far, piece by piece
@@ -94,8 +93,8 @@ def differences(one: Path, other: Path, advance: Advance) -> list[Difference]:
         if x is None or y is None or str(x) != str(y):
             found.append(Difference(name, str(x or "-"), str(y or "-"), None, None))
         elif x != y:
-            first, second = (np.asarray(_read(path, {name: leaf})[name]) for path, leaf in ((one, x), (other, y)))
-            largest, scale = _largest(first, second)
+            first, second = (np.asarray(_read(path, {name: x})[name], np.float64) for path in (one, other))
+            largest, scale = (float(np.abs(values).max()) for values in (first - second, first))
             if largest != 0:
                 found.append(Difference(name, str(x), str(y), largest, largest / scale if scale else math.inf))
         advance(_bytes(x or y))
@@ -130,10 +129,10 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
             Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"),
             exit_code=Exit.UNUSABLE,
         )
-    for name in ("config.json", "data/chars.json"):  # the run's settings, and a tokenizer that it made for itself
-        if (workdir / name).is_file():
-            (output / name).parent.mkdir(exist_ok=True)
-            shutil.copy(workdir / name, output / name)
+    made = Path("data/chars.json")  # a tokenizer that the run made for itself
+    if (workdir / made).is_file():
+        (output / made).parent.mkdir(exist_ok=True)
+        shutil.copy(workdir / made, output / made)
     return output / "checkpoints" / str(source.step)
 
 
@@ -153,16 +152,6 @@ def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here) for name, x in leaves.items()}
     return read_leaves(path, like)
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute value of `a`); nan if one is."""
-    largest, scale = [0.0], [0.0]
-    for i in range(0, a.size, BLOCK):
-        x, y = (array.ravel()[i : i + BLOCK].astype(np.float64) for array in (a, b))
-        largest.append(np.abs(x - y).max())
-        scale.append(np.abs(x).max())
-    return float(np.max(largest)), float(np.max(scale))
 
 
 def _bytes(leaf: Leaf | None) -> int:

@@ -55,13 +55,6 @@ class CheckpointStore:
     committed is restorable, and what else is there is removed at the next start. Nothing here ends a run: a save that
     fails is an outcome with its error, and the next one tries again.
 
-        with CheckpointStore(workdir / "checkpoints") as store:
-            restored = store.restore_latest_good(abstract_state)
-            ...
-            store.save(step, state, metadata={"metrics": {"eval_loss": loss}})
-            for outcome in store.poll():
-                print(f"committed step {outcome.step}")
-
     Args:
       directory: made if it is missing. Leftovers of killed saves in it are removed.
       retention: which committed steps stay; the others are deleted after each commit.

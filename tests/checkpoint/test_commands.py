@@ -148,9 +148,10 @@ def test_diff_is_a_table_of_settings_and_arrays(workdir, capsys):
 
 
 def test_an_export_is_the_parameters_alone_in_half_the_bytes_and_restores_as_parameters(workdir, capsys, tmp_path):
-    (workdir / "config.json").write_text("{}")
+    (workdir / "data").mkdir()
+    (workdir / "data" / "chars.json").write_text("{}")
     code, _ = run(capsys, "export", workdir, "--output", tmp_path / "out", "--step", 20)
-    assert code == 0 and (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert code == 0 and (tmp_path / "out" / "data" / "chars.json").read_text() == "{}"
     like = abstract(state(0)["params"])
     restored = restore_params(tmp_path / "out" / "checkpoints", like)
     kernel = state(20)["params"]["kernel"]
@@ -228,7 +229,6 @@ def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):
 
 def test_folders_may_be_named_from_where_one_stands(workdir, capsys, monkeypatch):
     monkeypatch.chdir(workdir.parent)
-    (workdir / "config.json").write_text("{}")
     assert main(["verify", "run", "--steps", "20"]) == 0 and "sound" in capsys.readouterr().out
     assert main(["diff", "run", "--steps", "20", "40"]) == 1
     assert main(["export", "run", "--output", "out"]) == 0

@@ -99,7 +99,7 @@ def test_no_sample_can_leave_its_block(tmp_path, sample):
     assert not [token.content for token in everything if token.type.startswith("html")]
     headings = [after.content for token, after in zip(tokens, tokens[1:], strict=False) if token.type == "heading_open"]
     assert headings == [
-        "run", "Result", "What was trained", "What it ran on", "Settings that differ from the default",
+        "run", "Result", "What it ran on", "Settings that differ from the default",
         "The model's writing, after step 40", "Run it again",
     ]  # fmt: skip
     assert path.read_text().replace("\n", "").isprintable()
