@@ -181,7 +181,7 @@ def _check_run(config: Config, rule: Any) -> None:
         o.warmup_steps < t.num_steps or o.warmup_steps == 0,
         "optim.warmup_steps",
         f"leaves no step of train.num_steps={t.num_steps} at the peak",
-        f"use {max(t.num_steps // 10, 0)}",
+        f"use {t.num_steps // 10}, or a train.num_steps above {o.warmup_steps}",
     )
     rule(
         o.schedule != "inverse_sqrt" or o.warmup_steps > 0,
