@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import IO
 
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.config import Problem, UserError
-from jaxlm.guards import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from jaxlm.parallel.gang import EXIT_PEERS, free_port
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.parallel.gang import free_port
 from jaxlm.parallel.multihost import visible_gpus
 from jaxlm.settings import Parser, run_main
 
-FINAL = (0, 2, 4, EXIT_PREEMPTED, EXIT_INTERRUPTED)  # starting again would do the same, or is for somebody else to do
+# starting again would do the same, or is for somebody else to do
+FINAL = (0, Exit.SETUP, Exit.DIVERGED, Exit.PREEMPTED, Exit.INTERRUPTED)
 IN_VAIN = 3  # restarts without a newer checkpoint
 LAST_LINES = 20
 GRACE_S = 5.0  # that the others of a gang have to notice by themselves, and to end when told
@@ -103,7 +103,7 @@ class Launch:
             ended = [child for child in self._children if child not in running]
             for child in ended:
                 child.ended_s = child.ended_s or time.monotonic()
-            failed = [c.ended_s for c in ended if c.process.returncode not in (0, EXIT_PREEMPTED, EXIT_INTERRUPTED)]
+            failed = [c.ended_s for c in ended if c.process.returncode not in (0, Exit.PREEMPTED, Exit.INTERRUPTED)]
             if failed and time.monotonic() - min(failed) > GRACE_S:
                 self._signal(signal.SIGKILL)
         for child in self._children:
@@ -115,9 +115,9 @@ class Launch:
         failed = [child for child in self._children if child.process.returncode]
         if not failed:
             return 0
-        first = min(failed, key=lambda c: (c.process.returncode == EXIT_PEERS, c.ended_s or math.inf))
+        first = min(failed, key=lambda c: (c.process.returncode == Exit.UNUSABLE, c.ended_s or math.inf))
         code = first.process.returncode
-        if code not in (EXIT_PREEMPTED, EXIT_INTERRUPTED) and len(self._children) > 1:
+        if code not in (Exit.PREEMPTED, Exit.INTERRUPTED) and len(self._children) > 1:
             how = f"with {code}" if code > 0 else f"by {signal.Signals(-code).name}"
             _say(f"process {first.number} ended first, {how}; the last it wrote:")
             sys.stderr.writelines(f"    {line}" for line in first.last)

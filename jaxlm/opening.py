@@ -17,10 +17,10 @@ from jaxlm.guards import Closing
 from jaxlm.header import versions
 from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.multihost import agree, check_devices
-from jaxlm.resume import compare_data, compare_with_last_start
-from jaxlm.session import open_mesh, open_program, with_corpus
+from jaxlm.resume import last_made
+from jaxlm.session import open_mesh, with_corpus
 from jaxlm.settings import Resolved, flatten
-from jaxlm.step import Program
+from jaxlm.step import Program, make_program
 
 DAY_S = 86400.0
 T = TypeVar("T")
@@ -51,8 +51,9 @@ def open_work(gang: Gang, resolved: Resolved, workdir: Path, note: Callable[[str
     devices than the others."""
     config = resolved.config
     with gang.together("comparing settings"):
-        compare_with_last_start(config, workdir, note)
-        open_mesh(config)
+        layout, made = open_mesh(config), last_made(workdir, note)
+        if made is not None:
+            made.compare_settings(config, layout.mesh.shape, note)
     settings = dict(flatten(dataclasses.asdict(config)))
     seen = {"checkpoints": committed_steps(workdir / "checkpoints"), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
     agree(gang, settings | versions() | seen)
@@ -61,10 +62,11 @@ def open_work(gang: Gang, resolved: Resolved, workdir: Path, note: Callable[[str
     with gang.together("opening data"):
         resolved = with_corpus(resolved, corpus, note)
         config = resolved.config
-        compare_data(config, workdir, corpus.fingerprints)
-        program = open_program(config)
+        if made is not None:
+            made.compare_data(config, corpus.fingerprints, note)
+        program = make_program(config, layout)
         loader, held_out = training_loader(config, corpus), evaluation_loaders(config, corpus, note)
-    agree(gang, {"data": corpus.fingerprints, "mesh": dict(program.layout.mesh.shape)})
+    agree(gang, {"data": corpus.fingerprints, "mesh": dict(layout.mesh.shape)})
     return Work(resolved, corpus, program, loader, held_out)
 
 

@@ -23,9 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
-EXIT_PEERS = 3
 BEATS = 5  # messages in heartbeat_s
 LEAVE_S = 1.0  # for the last words: of those whose main thread has an error of its own to print, and of `at_end`
 END = "the end of the run"
@@ -170,7 +169,7 @@ class _Hub(threading.Thread):
         why = f"{'process' if len(missing) == 1 else 'processes'} {names} of {self._count} did not come to: {at}"
         self._end_all({"kind": "missing", "at": at, "why": why})
 
-    def _gone(self, member: Member, why: str, code: int = EXIT_PEERS, wait_s: float = 0.0) -> None:
+    def _gone(self, member: Member, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
         known = self._members.get(member.process) is member
         self._drop(member)
         if known:
@@ -237,7 +236,7 @@ class Gang:
             time.sleep(2 * LEAVE_S)
         self._ending = True
         said = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, UserError) else EXIT_PEERS
+        code = error.exit_code if isinstance(error, UserError) else Exit.UNUSABLE
         self._send({"kind": "left", "why": f"left: {str(said)[:2000]}", "code": code})
         if self._hub:
             time.sleep(LEAVE_S / 2)  # what everybody hears is this thread's to send
@@ -288,7 +287,9 @@ class Gang:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         except OSError as error:
             where, remedy = f"process 0 at {self.host}:{port}", "choose another port, the same on every host"
-            raise UserError(Problem(where, f"can't listen: {error.strerror}", remedy), exit_code=EXIT_PEERS) from error
+            raise UserError(
+                Problem(where, f"can't listen: {error.strerror}", remedy), exit_code=Exit.UNUSABLE
+            ) from error
 
     def _connect(self) -> socket.socket:
         end_s, reason = time.monotonic() + self._limits.join_s, "no answer"
@@ -302,7 +303,7 @@ class Gang:
                 time.sleep(0.2)
         rule = f"can't be reached in {self._limits.join_s:.0f} s: {reason}"
         remedy = "start process 0 there, give every process the same address, and let the port through"
-        raise UserError(Problem(f"process 0 at {self.host}:{self._port}", rule, remedy), exit_code=EXIT_PEERS)
+        raise UserError(Problem(f"process 0 at {self.host}:{self._port}", rule, remedy), exit_code=Exit.UNUSABLE)
 
     def _send(self, message: dict) -> None:
         with suppress(OSError), self._sending:  # the thread that reads will say what is wrong
@@ -320,7 +321,7 @@ class Gang:
         else:
             rule, remedy = answer["why"], "see their output; every process needs the same address and count"
         where = f"process {self.process} of {self.count}, process 0 at {self.host}:{self._port}"
-        raise UserError(Problem(where, rule, remedy), exit_code=EXIT_PEERS)
+        raise UserError(Problem(where, rule, remedy), exit_code=Exit.UNUSABLE)
 
     def _listen_to_hub(self) -> None:
         """Hears what process 0 says, and says that this process is alive."""
@@ -353,7 +354,7 @@ class Gang:
                         self._answers[message.get("at", "start")] = message
                         self._heard.notify_all()
 
-    def _end(self, who: str, why: str, code: int = EXIT_PEERS, wait_s: float = 0.0) -> None:
+    def _end(self, who: str, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
         """Ends this process because another is gone, unless within wait_s it is ending by itself, of the same error say."""
         time.sleep(wait_s)
         if self._ending:

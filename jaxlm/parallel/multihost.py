@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import Problem, UserError
-from jaxlm.parallel.gang import EXIT_PEERS, LOOPBACK, Gang, Limits, free_port
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.parallel.gang import LOOPBACK, Gang, Limits, free_port
 
 JAX_LATER_S = 30.0  # jax's own heartbeat ends processes without a word: ours comes first
 PORT = 61399  # where a host has all processes and nobody named a port
@@ -142,7 +142,7 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
     """
     if os.environ.get(TLS) and not hasattr(jax.config, TLS.lower()):
         rule = f"jax {jax.__version__} can't encrypt what its processes say to one another"
-        raise UserError(Problem(TLS, rule, "use jax 0.11.2 or newer, or unset it"), exit_code=EXIT_PEERS)
+        raise UserError(Problem(TLS, rule, "use jax 0.11.2 or newer, or unset it"), exit_code=Exit.UNUSABLE)
     name = f"{socket.gethostname()}, pid {os.getpid()}"
     with Gang(place.process, place.count, place.address, name=name, limits=limits) as gang:
         if place.gpus is not None:
@@ -172,7 +172,7 @@ def agree(gang: Gang, facts: Mapping[str, Any]) -> None:
         shown = [f"{key}: {odd} on {_named(gang, who)}, {usual} on the others" for key, who, odd, usual in rows]
         rule = "\n    ".join(["they would compute something else than the others:", *shown])
         remedy = "start every process with the same command, packages and data"
-        raise UserError(Problem(f"{gang.count} processes", rule, remedy), exit_code=EXIT_PEERS)
+        raise UserError(Problem(f"{gang.count} processes", rule, remedy), exit_code=Exit.UNUSABLE)
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int], str, str]]:
@@ -200,7 +200,7 @@ def check_devices(gang: Gang) -> None:
     found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else 0), unused_gpus)
     if found and gang.count > 1:
         remedy = "start a process for each GPU or one for all, or hide the others with CUDA_VISIBLE_DEVICES"
-        raise UserError(Problem("GPUs", "; ".join(found), remedy), exit_code=EXIT_PEERS)
+        raise UserError(Problem("GPUs", "; ".join(found), remedy), exit_code=Exit.UNUSABLE)
 
 
 def unused_gpus(processes: Sequence[tuple[str, int, int]]) -> list[str]:
