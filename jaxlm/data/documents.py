@@ -66,8 +66,8 @@ def expand(patterns: tuple[str, ...], *, setting: str) -> list[str]:
     return list(files)
 
 
-def read_chunks(path: str, *, on_read: Callable[[bytes], object]) -> Iterator[Chunk]:
-    """The chunks of a file, in order; `on_read` gets its bytes as they lie on disk.
+def read_chunks(path: str, *, on_read: Callable[[int], object] = lambda _: None) -> Iterator[Chunk]:
+    """The chunks of a file, in order; `on_read` is told how many bytes are read as they lie on disk.
 
     Raises: UserError if the file cannot be read, or is compressed and damaged.
     """
@@ -85,13 +85,13 @@ def read_chunks(path: str, *, on_read: Callable[[bytes], object]) -> Iterator[Ch
         raise UserError(Problem(path, f"is damaged: {error}", "copy it anew from where it came")) from error
 
 
-def _blocks(path: str, on_read: Callable[[bytes], object]) -> Iterator[bytes]:
+def _blocks(path: str, on_read: Callable[[int], object]) -> Iterator[bytes]:
     """The content of a file, decompressed; concatenated members or frames are one content."""
     make = _DECOMPRESSORS.get(Path(path).suffix)
     decompressor = None
     with open(path, "rb") as file:
         while raw := file.read(_READ_BYTES):
-            on_read(raw)
+            on_read(len(raw))
             if make is None:
                 yield raw
                 continue

@@ -23,13 +23,14 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.atomic import open_exclusive, publish, sync_folder
+from jaxlm.data.atomic import open_exclusive, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -47,8 +48,10 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
 
 
 def set_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The two files of a set: `prefix.bin` and `prefix.idx`."""
-    return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
+    """The two files of a set: `prefix.bin` and `prefix.idx`, or what they are called where a writer was killed between
+    making them a set and giving them these names."""
+    tokens, index, new_tokens, new_index = (Path(f"{prefix}{e}") for e in (".bin", ".idx", ".bin.tmp", ".idx.new"))
+    return (new_tokens if new_tokens.exists() else tokens, new_index) if new_index.exists() else (tokens, index)
 
 
 def existing(output_prefix: str, prefixes: Sequence[str]) -> list[Problem]:
@@ -222,9 +225,9 @@ class Mark(NamedTuple):
 class IndexedWriter:
     """Writes a token set as it comes; memory holds nothing of it.
 
-    Files appear under their names only in `close`, an older set being replaced whole; a writer that is killed or leaves
-    its `with` block by an exception leaves the older set, or none. What a killed one had written stays in temporary
-    files, and `resume` goes on from a mark that it had passed (`flush`).
+    Until it is closed, and wherever it is killed, readers find the older set, or none; from the one rename in `close` on
+    they find the new one. What a killed writer had written stays in temporary files, and `resume` goes on from a mark that
+    it had passed (`flush`). One that leaves its `with` block by an exception and had passed none removes them.
     Raises: UserError if another process writes this prefix, a token does not fit `dtype`, or a sequence has 2^31 tokens.
     """
 
@@ -232,55 +235,39 @@ class IndexedWriter:
         self.prefix = os.fspath(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
-        # until it is done: tokens; header and lengths; document index without its leading 0
+        # until it is done: tokens; header and lengths; document index without its leading 0, which is also the lock
         self._temporary = [Path(f"{self.prefix}{ending}") for ending in (".bin.tmp", ".idx.tmp", ".doc.tmp")]
-        mark = resume or Mark()
+        mark, self._resumable = resume or Mark(), resume is not None
         self.num_tokens, self._num_sequences, self.num_documents = mark
         self._temporary[0].parent.mkdir(parents=True, exist_ok=True)
-        file = open_exclusive(self._temporary[0], wait=False)
-        if file is None:
+        lock = open_exclusive(self._temporary[2], wait=False)
+        if lock is None:
             remedy = "wait for it to end, or choose another prefix"
             raise UserError(Problem(f"token set {self.prefix}", "another process is writing it", remedy))
-        for path in self._temporary[1:]:
+        _give_names(self.prefix)
+        self._files: list[BinaryIO] = [lock]
+        if resume and set_paths(prefix)[1].exists() and not self._temporary[1].exists():
+            return  # a former writer was killed when it had made this the set, and its command when it had others to close
+        for path in self._temporary[:2]:
             path.touch()
-        self._files: list[BinaryIO] = [file, *(open(path, "r+b") for path in self._temporary[1:])]  # noqa: SIM115
+        self._files = [*(open(path, "r+b") for path in self._temporary[:2]), lock]  # noqa: SIM115
         sizes = (self.num_tokens * self.dtype.itemsize, HEADER.size + 4 * mark.sequences, 8 * mark.documents)
         for file, size in zip(self._files, sizes, strict=True):
             if mark != Mark() and file.seek(0, os.SEEK_END) < size:
                 rule = "is shorter than when the command that is to go on was ended"
-                raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, "begin anew: pass --overwrite"))
+                remedy = f"begin anew: remove {Path(self.prefix).parent}/*.preprocess.json"
+                raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, remedy))
             file.truncate(size)
             file.seek(size)
 
     def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Append a document of one sequence."""
-        self.add_sequence(tokens)
-        self.end_document()
+        self.add_documents(np.asarray(tokens), lengths=np.array([len(tokens)]))
 
-    def add_documents(self, tokens: np.ndarray, *, lengths: np.ndarray) -> None:
-        """Append `len(lengths)` documents of one sequence each, whose tokens lie end to end in `tokens`."""
-        self.add_sequences(tokens, lengths=lengths, document_ends=np.arange(1, len(lengths) + 1))
-
-    def add_sequence(self, tokens: np.ndarray | Sequence[int]) -> None:
-        """Append one sequence to the document that is being written."""
-        self._append(np.asarray(tokens), np.array([len(tokens)]))
-
-    def end_document(self) -> None:
-        """Close the document that is being written; one without sequences is allowed."""
-        self._end_documents(np.array([self._num_sequences]))
-
-    def add_sequences(self, tokens: np.ndarray, *, lengths: np.ndarray, document_ends: np.ndarray) -> None:
-        """Append whole documents: `document_ends` counts the sequences of `lengths` up to the end of each."""
+    def add_documents(self, tokens: np.ndarray, *, lengths: np.ndarray, ends: np.ndarray | None = None) -> None:
+        """Append sequences of `lengths`, whose tokens lie end to end in `tokens`, as whole documents: `ends` counts the
+        sequences up to the end of each document; None: each is one."""
         assert int(np.sum(lengths, dtype=np.int64)) == len(tokens)
-        first = self._num_sequences
-        self._append(tokens, lengths)
-        self._end_documents(first + document_ends)
-
-    def _end_documents(self, ends: np.ndarray) -> None:
-        self._files[2].write(ends.astype("<i8", copy=False).tobytes())
-        self.num_documents += len(ends)
-
-    def _append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         limits, where = np.iinfo(self.dtype), f"token set {self.prefix}, document {self.num_documents}"
         if len(tokens) and not (limits.min <= int(tokens.min()) and int(tokens.max()) <= limits.max):
             stranger = tokens[(tokens < limits.min) | (tokens > limits.max)][0]
@@ -290,34 +277,39 @@ class IndexedWriter:
         if len(lengths) and int(lengths.max()) > MAX_SEQUENCE_TOKENS:
             rule = f"has {int(lengths.max())} tokens; the format counts up to {MAX_SEQUENCE_TOKENS}"
             raise UserError(Problem(where, rule, "split the document"))
-        self._files[0].write(np.ascontiguousarray(tokens, self.dtype).tobytes())
-        self._files[1].write(lengths.astype("<i4").tobytes())
+        ends = np.arange(1, len(lengths) + 1) if ends is None else ends
+        columns = (tokens, self.dtype), (lengths, "<i4"), (self._num_sequences + ends, "<i8")
+        for file, (values, dtype) in zip(self._files, columns, strict=True):
+            file.write(np.ascontiguousarray(values, dtype).data)
         self.num_tokens += len(tokens)
         self._num_sequences += len(lengths)
+        self.num_documents += len(ends)
 
     def flush(self) -> Mark:
         """All that was appended, on the disk; the mark for `resume`."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+        self._resumable = True
         return Mark(self.num_tokens, self._num_sequences, self.num_documents)
 
     def close(self) -> None:
-        """Write the index and give both files their names."""
-        self.flush()
-        self._finish_index()
-        bin_path, idx_path = set_paths(self.prefix)
-        idx_path.unlink(missing_ok=True)  # a new .bin must never stand beside an old .idx
-        sync_folder(idx_path.parent)
-        publish(self._temporary[0], bin_path)
-        publish(self._temporary[1], idx_path)
+        """Write the index, make both files the set and give them their names."""
+        if len(self._files) > 1:
+            self._files[0].flush()
+            os.fsync(self._files[0].fileno())
+            self._finish_index()
+            publish(self._temporary[1], Path(f"{self.prefix}.idx.new"))
+            self._resumable = True
+            _give_names(self.prefix)
         self._temporary[2].unlink()
-        for file in self._files:
-            file.close()
+        self._end()
 
     def _finish_index(self) -> None:
         """Pointers and document index behind the lengths, then the header before them."""
         file, pointer = self._files[1], 0
+        for kept in self._files[1:]:
+            kept.flush()
         for _, lengths in _read_blocks(self._temporary[1], HEADER.size, "<i4", self._num_sequences):
             sizes = lengths.astype(np.int64) * self.dtype.itemsize
             ends = pointer + np.cumsum(sizes)
@@ -330,6 +322,11 @@ class IndexedWriter:
         file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, self.num_documents + 1))
         file.flush()
 
+    def _end(self) -> None:
+        for file in self._files:
+            with suppress(OSError):  # a full disk, of which whoever writes was told
+                file.close()
+
     def __enter__(self) -> IndexedWriter:
         return self
 
@@ -337,10 +334,17 @@ class IndexedWriter:
         try:
             if kind is None:
                 self.close()
-        finally:
-            # who is interrupted goes on later; whoever fails drops what was written
-            if not self._files[0].closed and issubclass(kind or Exception, Exception):
+        finally:  # who is interrupted or has passed a mark goes on later; whoever fails drops what was written
+            if not self._files[0].closed and not self._resumable and issubclass(kind or Exception, Exception):
                 for path in self._temporary:
                     path.unlink(missing_ok=True)
-                for file in self._files:
-                    file.close()
+            self._end()
+
+
+def _give_names(prefix: str) -> None:
+    """The last renames of a set that is whole, which its writer may have been killed before."""
+    tokens, index = set_paths(prefix)
+    if index.suffix == ".new":
+        if tokens.suffix == ".tmp":
+            publish(tokens, Path(f"{prefix}.bin"))
+        publish(index, Path(f"{prefix}.idx"))

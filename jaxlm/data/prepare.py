@@ -8,22 +8,18 @@ the former state or a folder that the next run fills anew, to the same bytes.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import open_exclusive, sync_folder, write_whole
 from jaxlm.data.documents import expand, parse, read_chunks
-from jaxlm.data.encode import Reader, write_documents
+from jaxlm.data.encode import Reader, Totals, write_documents
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from jaxlm.data.tokenizer import CharTokenizer, Tokenizer, build_chars, load_tokenizer
 
@@ -147,42 +143,37 @@ class _Job:
         """Tokenize every source; then replace what an earlier run left, its manifest first and the new one last."""
         files = expand(self.paths, setting="data.path")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own threads; no processes beside a trainer
-        digests = {path: hashlib.sha256() for path in files}
-        reader = Reader(
-            files,
-            log=lambda line: self.log(f"data: {line}"),
-            bar=False,
-            on_read=lambda path, raw: digests[path].update(raw),
-        )
-        tokenizer = self.tokenizer or self._chars_of(files)
-        stats = [os.stat(path) for path in files]
+        records = [
+            {
+                "path": path,
+                "bytes": (stat := os.stat(path)).st_size,
+                "mtime_ns": stat.st_mtime_ns,
+                "sha256": _sha256(path),
+            }
+            for path in files
+        ]
+        tokenizer, totals = self.tokenizer or self._chars_of(files), Totals()
+        reader = Reader(files, log=lambda line: self.log(f"data: {line}"), bar=False)
         with IndexedWriter(self.prefix, dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
-            totals = write_documents(
+            write_documents(
                 reader,
                 writers={self.text_key: writer},
                 tokenizer=tokenizer,
                 append_eod=tokenizer.eod is not None,
-                bad_lines_remedy="mend the line, or tokenize with python -m jaxlm.data.preprocess --max-bad-lines N",
+                totals=totals,
             )
-            if totals.tokens == 0:
-                where = f"data.path {' '.join(self.paths)}"
-                raise UserError(Problem(where, "holds no text", "name files with text in them"))
             self.manifest_file.unlink(missing_ok=True)  # from here until the new one there is no set
             sync_folder(self.folder)
             if isinstance(tokenizer, CharTokenizer) and self.tokenizer is None:
                 write_whole(Path(self.chars_file), tokenizer.to_json())
-        records = [
-            {"path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digests[path].hexdigest()}
-            for path, stat in zip(files, stats)
-        ]
         made = {"tokens": totals.tokens, "documents": totals.documents}
-        self._write_manifest({"settings": self.settings, "set": made, "sources": records, "versions": _versions()})
-        speed = f"{totals.text_bytes / 1e6:.1f} MB in {reader.elapsed_s:.1f} s"
-        self.log(f"data: tokenized {len(files)} files into {totals.tokens:,} tokens ({speed}): {self.prefix}.bin")
+        self._write_manifest({"settings": self.settings, "set": made, "sources": records})
+        tokens = f"{len(files)} files into {totals.tokens:,} tokens"
+        self.log(f"data: tokenized {tokens} ({reader.speed(totals)}): {self.prefix}.bin")
         return tokenizer
 
     def _chars_of(self, files: list[str]) -> CharTokenizer:
-        chunks = (chunk for path in files for chunk in read_chunks(path, on_read=lambda _: None))
+        chunks = (chunk for path in files for chunk in read_chunks(path))
         texts = (text for chunk in chunks for text in parse(chunk, keys=(self.text_key,)).texts[0])
         return build_chars(texts, file=self.chars_file)
 
@@ -206,12 +197,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """What made the set, for whoever looks into a difference; no part of the settings."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("tokenizers", "tiktoken", "sentencepiece"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
