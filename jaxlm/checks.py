@@ -30,6 +30,7 @@ APPLIES = (
     ("checkpoint.keep_every", lambda c: c.checkpoint.every_steps > 0, "checkpoint.every_steps above 0"),
     ("checkpoint.keep_best", lambda c: c.train.eval_every > 0, "train.eval_every above 0"),
     ("data.packing", lambda c: c.data.order == "stateless", "data.order=stateless"),
+    ("data.reset_at_eod", lambda c: c.data.packing == "none", "data.packing=none, as packed documents are apart"),
     ("data.fim_rate", lambda c: c.data.packing == "none", "data.packing=none"),
     ("data.fim_spm_rate", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),
     ("data.fim_tokens", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),

@@ -78,16 +78,17 @@ def compare_with_last_start(config: Config, workdir: Path, note: Callable[[str],
 
 def _matters(key: str, before: Config, now: Config, step: int) -> bool:
     """Whether a changed `key` changes what a run at `step` does: some settings count only together with others."""
-    if key == "train.num_steps":  # the horizon of the schedules that end there, and what Megatron shuffles as one
-        return now.optim.schedule in ("cosine", "linear", "wsd") or now.data.order == "megatron"
+    old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
+    ends = batch_of(before.train.num_steps - 1, old) != batch_of(now.train.num_steps - 1, new)
+    shuffles = now.data.order == "megatron" and ends  # all batches up to the last as one
+    if key == "train.num_steps":  # the horizon of the schedules that end there
+        return now.optim.schedule in ("cosine", "linear", "wsd") or shuffles
     if key == "data.train":  # weights may change, and sets join, from a later step on
-        last = batch_of(step - 1, skipped_batches(now.data.skip_steps)) if step else -1
-        return not same_weights(before.data.train, now.data.train, steps=last + 1)
+        return not same_weights(before.data.train, now.data.train, steps=step)
     if key == "data.eval":  # with sets of its own for evaluation, a run trains on all of the others
         return bool(before.data.eval) != bool(now.data.eval)
     if key == "data.skip_steps":  # batches that are still to come may be left out
-        old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
-        return any(batch_of(i, old) != batch_of(i, new) for i in range(step))
+        return shuffles or any(batch_of(i, old) != batch_of(i, new) for i in range(step))
     return True
 
 

@@ -372,6 +372,12 @@ def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
     return program.layout.sharding(BATCH_DIMS)
 
 
+def abstract_batch(program: Program, shape: tuple[int, int]) -> Batch:
+    """A batch of rows and their tokens, without its content."""
+    dtypes = Batch(np.int32, np.int32, np.float32, np.int32 if program.config.data.separates else None)
+    return jax.tree.map(lambda d: jax.ShapeDtypeStruct(shape, d, sharding=batch_sharding(program)), dtypes)
+
+
 def put_batch(program: Program, batch: Batch) -> Batch:
     """The batch on its devices, rows and positions split as the table has it."""
     sharding = batch_sharding(program)

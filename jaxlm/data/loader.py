@@ -39,7 +39,7 @@ def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
 
 class Loader:
     """The batches of `samples`: batch i takes `ramp.size(i)` of them, from number `ramp.before(i)` on, and a step reads
-    batch `batch_of(step, skip)`.
+    batch `batch_of(step, skip)`. The ramp counts samples, so those in `skip` too; `lengths` counts steps.
 
     A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
     fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
@@ -88,6 +88,11 @@ class Loader:
         named = ", ".join(f"{Path(row[0].dataset.prefix).name} token {row[0].start}" for row in spans)
         return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > most else "")
 
+    def shape(self, step: int) -> tuple[int, int]:
+        """(rows, tokens of a row) of a step's batch."""
+        T = in_force(self.lengths, step, self.samples.seq_len)
+        return self.ramp.size(batch_of(step, self.skip)) * (self.samples.seq_len // T), T
+
     def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> Batch:
         """The batch of a step, or the rows of it that one of several hosts feeds: an even share, in order.
 
@@ -103,8 +108,7 @@ class Loader:
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
-        T = in_force(self.lengths, number, self.samples.seq_len)
-        rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
+        rows = Batch(*(x if x is None else x.reshape(-1, self.shape(step)[1]) for x in rows))
         if self._masks:
             rows.weights[rows.tokens == self._eod] = 0
         return rows._replace(starts=self._starts(rows)) if self._separates else rows
@@ -112,15 +116,15 @@ class Loader:
     def _joined(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
         """Each sample one stretch of tokens."""
         x_BT1 = np.zeros((len(indices), self.samples.seq_len + 1), np.int32)
-        for row, parts, index in zip(x_BT1, spans, indices.tolist()):
+        weights = np.zeros((len(indices), self.samples.seq_len), np.float32)
+        for row, weight, parts, index in zip(x_BT1, weights, spans, indices.tolist()):
             at = 0
             for dataset, start, stop in parts:
                 row[at : at + stop - start] = _read(dataset, start, stop)
                 at += stop - start
+            weight[: at - 1] = 1
             if self._rewrite is not None:
                 row[:] = self._rewrite(row, index)
-        weights = np.zeros((len(indices), self.samples.seq_len), np.float32)
-        weights[: len(spans)] = 1
         return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
 
     def _separate(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:

@@ -34,7 +34,7 @@ class Samples(Protocol):
 
     num_samples: in one pass over the data.   endless: sample numbers go on after that.
     separate: each span is inputs and labels of its own, one token shorter than it; else the spans of a sample are one
-    stretch of seq_len + 1 tokens.
+    stretch of seq_len + 1 tokens, or fewer where samples end.
     """
 
     seq_len: int
@@ -96,7 +96,8 @@ class Windows:
     Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples; any costs the same. A window
     starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours share one token.
     Each epoch has its own permutation and its own start offset in each range, drawn evenly from all that leave room for
-    the range's windows, so that no token is left out for ever. Not shuffled: file order, offset 0, one epoch.
+    the range's windows, so that no token is left out for ever. Not shuffled: file order, offset 0, one epoch, and the last
+    window of a range as short as what is left: every token but the first of a range is a label once.
 
     Attributes: `windows`, int64[ranges], their number in each range, the same in every epoch.
     Raises: UserError if no range has a window.
@@ -113,12 +114,14 @@ class Windows:
         sizes = np.array([r.num_tokens for r in self.ranges], np.int64)
         # An offset up to seq_len - 1 costs a shuffled range one window, unless it has only one.
         windows = np.maximum((sizes - 1) // seq_len, 0)
-        self.windows = np.where(windows > 1, sizes // seq_len - 1, windows) if shuffle else windows
+        self.windows = np.where(windows > 1, sizes // seq_len - 1, windows)
+        if not shuffle:
+            self.windows = np.maximum(-(-(sizes - 1) // seq_len), 0)
         self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1)
         self._starts, self._ends = np.array([r.start for r in self.ranges], np.int64), np.cumsum(self.windows)
         self.num_samples = int(self.windows.sum())
         if self.num_samples == 0:
-            refuse_short(self.ranges, seq_len)
+            refuse_short(self.ranges, seq_len if shuffle else 1)
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
         windows = np.asarray(indices, np.int64)
@@ -130,10 +133,8 @@ class Windows:
         for epoch in np.unique(epochs).tolist() if self.endless else ():
             here = epochs == epoch
             first[here] += self._offsets(epoch)[which[here]]
-        length = self.seq_len + 1
-        return [
-            [Span(self.ranges[k].dataset, start, start + length)] for k, start in zip(which.tolist(), first.tolist())
-        ]
+        parts, length = (self.ranges[k] for k in which.tolist()), self.seq_len + 1
+        return [[Span(part.dataset, a, min(a + length, part.stop))] for part, a in zip(parts, first.tolist())]
 
     def _offsets(self, epoch: int) -> np.ndarray:
         words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)

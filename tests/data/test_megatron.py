@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,21 @@ def test_a_mixture_is_megatrons_greedy_rule(weights: list[int], exact: bool) -> 
     )
     spans = mixture.spans([3, size - 1, 0])
     assert [s[0][:2] for s in spans] == [(which[i], numbers[i]) for i in (3, size - 1, 0)]
+
+
+def test_threads_that_ask_at_once_get_the_same_counts() -> None:
+    weights, places = (0.5, 0.2, 0.3), [(40 - k % 3) * BLOCK + k for k in range(24)]
+    alone = Blend([Numbers(k) for k in range(3)], [(0, weights)], exact=True).pick(places)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(3):
+            mixture = Blend([Numbers(k) for k in range(3)], [(0, weights)], exact=True)
+            with ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(mixture.pick, [[place] for place in places]))
+            assert np.array_equal(np.concatenate(found, axis=1), alone)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_any_sample_of_a_stateless_mixture_costs_the_same_and_shares_hold() -> None:
