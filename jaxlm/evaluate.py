@@ -26,7 +26,7 @@ from jaxlm.session import (
     with_vocabulary,
 )
 from jaxlm.settings import Parser, run_main
-from jaxlm.step import compile_eval, put_batch
+from jaxlm.step import compile_eval, feed
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
         steps = tqdm(
             range(loader.num_batches or 0), desc="evaluating", unit="batch", disable=None
         )  # None: if a terminal
-        batches = (put_batch(program, loader.batch(i)) for i in steps)
+        batches = (feed(program, loader, i) for i in steps)
         result = evaluate_batches(compile_eval(program), restored.state, batches)
     perplexity = math.exp(min(result.loss, 700))
     return dict(step=restored.step, eval_loss=result.loss, perplexity=perplexity, tokens=result.tokens)
