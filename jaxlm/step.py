@@ -405,12 +405,10 @@ def put_batch(program: Program, batch: Batch, *, host: int = 0, hosts: int = 1) 
     def put(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
         shape, first = (len(rows) * hosts, *rows.shape[1:]), len(rows) * host
-
-        def at(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(shape[0])
-            return rows[start - first : stop - first, *index[1:]]
-
-        return jax.make_array_from_callback(shape, sharding, at)
+        held = sharding.addressable_devices_indices_map(shape)
+        places = [(index[0].indices(shape[0]), index[1:]) for index in held.values() if index is not None]
+        parts = [rows[start - first : stop - first, *within] for (start, stop, _), within in places]
+        return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(parts, list(held)))
 
     return jax.tree.map(put, batch)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 import pytest
@@ -60,8 +58,7 @@ def test_every_device_of_1_2_4_or_8_hosts_gets_its_rows_of_the_same_batch(
             monkeypatch.setattr(loader, "batch", counted)
             for host in range(hosts):
                 mine = list(program.layout.mesh.devices.flat)[host * 8 // hosts : (host + 1) * 8 // hosts]
-                monkeypatch.setattr("jaxlm.step.jax.make_array_from_callback", pieces_for(mine))
-                monkeypatch.setattr("jaxlm.step.row_share", lambda program, mine=mine: row_share(program, mine))
+                as_host(monkeypatch, mine)
                 for x, found in zip(whole_batch, feed(program, loader, step), strict=True):
                     for index, piece in found:
                         assert np.array_equal(piece, x[index]) and piece.size
@@ -70,11 +67,15 @@ def test_every_device_of_1_2_4_or_8_hosts_gets_its_rows_of_the_same_batch(
             assert {which for which, _ in read[-hosts:]} == set(range(expected))  # together they read all
 
 
-def pieces_for(devices: list) -> Callable:
-    """What jax.make_array_from_callback asks of a process that has `devices`: [(index, piece)]."""
+def as_host(monkeypatch: pytest.MonkeyPatch, devices: list) -> None:
+    """What `feed` does in a process that has `devices`; its arrays are [(index, piece)]."""
 
-    def ask(shape: tuple, sharding: jax.sharding.Sharding, at: Callable) -> list:
-        indices = sharding.devices_indices_map(shape)
-        return [(indices[device], at(indices[device])) for device in devices]
+    def held(sharding: jax.sharding.Sharding, shape: tuple) -> dict:
+        return {device: at for device, at in sharding.devices_indices_map(shape).items() if device in devices}
 
-    return ask
+    def put(shape: tuple, sharding: jax.sharding.Sharding, pieces: list) -> list:
+        return list(zip(held(sharding, shape).values(), pieces, strict=True))
+
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", held)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", put)
+    monkeypatch.setattr("jaxlm.step.row_share", lambda program: row_share(program, devices))

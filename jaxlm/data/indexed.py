@@ -31,6 +31,7 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import open_exclusive, publish
+from jaxlm.data.stored import Stored, read_whole
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -62,32 +63,36 @@ def existing(output_prefix: str, prefixes: Sequence[str]) -> list[Problem]:
 
 
 class IndexedDataset:
-    """A token set on disk, mapped into memory; reading touches only the pages asked for.
+    """A token set on disk, mapped into memory, or in a bucket (PREFIX is gs://..., s3://...), whose .idx memory holds;
+    reading touches only the pages or ranges asked for.
 
-    Attributes: `tokens`, all of them in file order, dtype[num_tokens]; `lengths`, int32[S]; `document_indices`, int64[D].
+    Attributes: `tokens`, all of them in file order, dtype[num_tokens], which give slices; `lengths`, int32[S];
+    `document_indices`, int64[D]; `index_bytes`, the .idx.
     Opening reads the whole .idx (20 bytes a document) and the size of the .bin; `jaxlm.data.verify` reads tokens too.
     Raises: UserError naming file, offset and expectation if anything in the .idx contradicts the format or the .bin.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]):
         self.prefix = os.fspath(prefix)
-        bin_path, idx_path = set_paths(prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise UserError(Problem(f"token set {self.prefix}", f"{path} is not a file", _remedy_for(self.prefix)))
-        raw = _map(idx_path)
+        stored = "://" in self.prefix
+        bin_path, idx_path = (f"{prefix}.bin", f"{prefix}.idx") if stored else _files(self.prefix)
+        self.index_bytes = raw = read_whole(idx_path) if stored else _map(idx_path)
         self.dtype, num_sequences, num_entries = _read_header(idx_path, raw)
         pointers_at = HEADER.size + 4 * num_sequences
         documents_at = pointers_at + 8 * num_sequences
         self.lengths = raw[HEADER.size : pointers_at].view("<i4")
         self._pointers = raw[pointers_at:documents_at].view("<i8")
         self.document_indices = raw[documents_at:].view("<i8")
-        self.num_tokens = _check_sequences(idx_path, num_sequences, self.dtype.itemsize)
-        _check_documents(idx_path, num_entries, num_sequences)
+        source = (idx_path, raw if stored else idx_path)
+        self.num_tokens = _check_sequences(*source, num_sequences, self.dtype.itemsize)
+        _check_documents(*source, num_entries, num_sequences)
+        if stored:
+            self.tokens = Stored(bin_path, self.num_tokens, self.dtype)
+            return
         expected_bytes = self.num_tokens * self.dtype.itemsize
-        if (found_bytes := bin_path.stat().st_size) != expected_bytes:
-            rule = f"has {found_bytes} bytes; {self.num_tokens} {self.dtype.name} tokens in {idx_path.name} take"
-            raise UserError(Problem(f"{bin_path}", f"{rule} {expected_bytes}", _REMEDY))
+        if (found_bytes := os.path.getsize(bin_path)) != expected_bytes:
+            rule = f"has {found_bytes} bytes; {self.num_tokens} {self.dtype.name} tokens in {Path(idx_path).name} take"
+            raise UserError(Problem(bin_path, f"{rule} {expected_bytes}", _REMEDY))
         self.tokens = _map(bin_path).view(self.dtype)
 
     def __len__(self) -> int:
@@ -111,13 +116,23 @@ class IndexedDataset:
     def fingerprint(self) -> str:
         """Tokens, dtype and a digest that another set of the name would not have, in O(1): sizes, both ends of both files."""
         digest = hashlib.sha256()
-        for path in set_paths(self.prefix):
-            raw = _map(path)
-            digest.update(len(raw).to_bytes(8, "little") + raw[:_ENDS].tobytes() + raw[-_ENDS:].tobytes())
+        for values in (self.tokens, self.index_bytes):
+            size, ends = values.dtype.itemsize, min(_ENDS // values.dtype.itemsize, len(values))
+            digest.update((len(values) * size).to_bytes(8, "little"))
+            digest.update(values[:ends].tobytes() + values[len(values) - ends :].tobytes())
         return f"{self.num_tokens} {self.dtype.name} tokens, {digest.hexdigest()[:16]}"
 
     def __reduce__(self):
         return IndexedDataset, (self.prefix,)
+
+
+def _files(prefix: str) -> tuple[str, str]:
+    """The two files of a set. Raises: UserError if one is missing."""
+    bin_path, idx_path = set_paths(prefix)
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            raise UserError(Problem(f"token set {prefix}", f"{path} is not a file", _remedy_for(prefix)))
+    return str(bin_path), str(idx_path)
 
 
 def _remedy_for(missing: str) -> str:
@@ -129,21 +144,21 @@ def _remedy_for(missing: str) -> str:
     return "check the path; a set is a pair PREFIX.bin and PREFIX.idx, and a killed writer leaves no .idx"
 
 
-def _map(path: Path) -> np.ndarray:
+def _map(path: str) -> np.ndarray:
     """The bytes of a file, uint8[size], mapped read-only."""
     try:
-        if path.stat().st_size == 0:  # cannot be mapped
+        if os.path.getsize(path) == 0:  # cannot be mapped
             return np.zeros(0, np.uint8)
         return np.memmap(path, np.uint8, "r").view(np.ndarray)  # slicing a plain array is 10 times cheaper
     except OSError as error:
         raise UserError(Problem(f"{path}", f"cannot be read: {error.strerror}", "check its permissions")) from error
 
 
-def _refuse(path: Path, offset: int, rule: str, remedy: str = _REMEDY) -> NoReturn:
+def _refuse(path: str, offset: int, rule: str, remedy: str = _REMEDY) -> NoReturn:
     raise UserError(Problem(f"{path}, byte {offset}", rule, remedy))
 
 
-def _read_header(path: Path, raw: np.ndarray) -> tuple[np.dtype, int, int]:
+def _read_header(path: str, raw: np.ndarray) -> tuple[np.dtype, int, int]:
     """Token dtype, S and D, checked against each other and the file's size."""
     start = raw[: HEADER.size].tobytes()
     if start.startswith(b"TNTIDX\x00\x00"):
@@ -169,20 +184,24 @@ def _read_header(path: Path, raw: np.ndarray) -> tuple[np.dtype, int, int]:
     return DTYPES[code], num_sequences, num_entries
 
 
-def _read_blocks(path: Path, offset: int, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first, entries) of `count` entries from `offset` on, a block at a time. Read rather than mapped: an
-    .idx may be as large as memory, and pages of a map that were touched count as this process's own."""
-    with open(path, "rb") as file:
+def _read_blocks(source: str | np.ndarray, offset: int, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first, entries) of `count` entries from `offset` on, a block at a time. A file is read rather than
+    mapped: an .idx may be as large as memory, and pages of a map that were touched count as this process's own."""
+    if isinstance(source, np.ndarray):
+        values = source[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
+        yield from ((start, values[start : start + _BLOCK]) for start in range(0, count, _BLOCK))
+        return
+    with open(source, "rb") as file:
         file.seek(offset)
         for start in range(0, count, _BLOCK):
             yield start, np.fromfile(file, dtype, min(_BLOCK, count - start))
 
 
-def _check_sequences(path: Path, num_sequences: int, itemsize: int) -> int:
+def _check_sequences(path: str, source: str | np.ndarray, num_sequences: int, itemsize: int) -> int:
     """Tokens in all sequences; refuses a negative length or a pointer that is not the sum of the lengths before it."""
     num_tokens, pointers_at = 0, HEADER.size + 4 * num_sequences
-    lengths = _read_blocks(path, HEADER.size, "<i4", num_sequences)
-    for (start, length), (_, pointer) in zip(lengths, _read_blocks(path, pointers_at, "<i8", num_sequences)):
+    lengths = _read_blocks(source, HEADER.size, "<i4", num_sequences)
+    for (start, length), (_, pointer) in zip(lengths, _read_blocks(source, pointers_at, "<i8", num_sequences)):
         if int(length.min()) < 0:
             k = int(np.argmax(length < 0))
             rule = f"length of sequence {start + k} is {length[k]}; it cannot be negative"
@@ -197,10 +216,10 @@ def _check_sequences(path: Path, num_sequences: int, itemsize: int) -> int:
     return num_tokens
 
 
-def _check_documents(path: Path, num_entries: int, num_sequences: int) -> None:
+def _check_documents(path: str, source: str | np.ndarray, num_entries: int, num_sequences: int) -> None:
     """Refuses a document index that does not start at 0, ever falls, or does not end at the number of sequences."""
     offset, last = HEADER.size + 12 * num_sequences, 0
-    for start, block in _read_blocks(path, offset, "<i8", num_entries):
+    for start, block in _read_blocks(source, offset, "<i8", num_entries):
         if start == 0 and block[0] != 0:
             _refuse(path, offset, f"document index starts with {block[0]}, not 0")
         if block[0] < last or (block[1:] < block[:-1]).any():
@@ -233,6 +252,10 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark | None = None):
         self.prefix = os.fspath(prefix)
+        if "://" in self.prefix:
+            raise UserError(
+                Problem(f"token set {self.prefix}", "is in a bucket", "write it to a disk, then copy it there")
+            )
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
         # until it is done: tokens; header and lengths; document index without its leading 0, which is also the lock
@@ -310,13 +333,13 @@ class IndexedWriter:
         file, pointer = self._files[1], 0
         for kept in self._files[1:]:
             kept.flush()
-        for _, lengths in _read_blocks(self._temporary[1], HEADER.size, "<i4", self._num_sequences):
+        for _, lengths in _read_blocks(str(self._temporary[1]), HEADER.size, "<i4", self._num_sequences):
             sizes = lengths.astype(np.int64) * self.dtype.itemsize
             ends = pointer + np.cumsum(sizes)
             file.write((ends - sizes).astype("<i8", copy=False).tobytes())
             pointer = int(ends[-1])
         file.write(bytes(8))
-        for _, entries in _read_blocks(self._temporary[2], 0, "<i8", self.num_documents):
+        for _, entries in _read_blocks(str(self._temporary[2]), 0, "<i8", self.num_documents):
             file.write(entries.tobytes())
         file.seek(0)
         file.write(HEADER.pack(MAGIC, 1, self._code, self._num_sequences, self.num_documents + 1))

@@ -16,6 +16,7 @@ from jaxlm.config import Problem, UserError
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.ramp import Ramp, in_force
 from jaxlm.data.samples import Samples, Span
+from jaxlm.data.stored import Stored
 
 T = TypeVar("T")
 
@@ -104,6 +105,9 @@ class Loader:
         assert size % hosts == 0, "rows split evenly over hosts"
         indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
         spans = self.samples.spans(indices if self.samples.endless else indices[indices < self.samples.num_samples])
+        for dataset, start, stop in itertools.chain(*spans):
+            if isinstance(dataset.tokens, Stored):
+                dataset.tokens.expect(start, stop)
         rows = self._separate(spans, indices) if self.samples.separate else self._joined(spans, indices)
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
@@ -157,9 +161,10 @@ class Loader:
             tokens = dataset.tokens[start:stop]
             wrong = (tokens < 0) | (tokens >= self.vocab_size)
             if wrong.any():
-                position = start + int(np.argmax(wrong))
+                at = int(np.argmax(wrong))
+                position = start + at
                 where = f"{dataset.prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
-                rule = f"token id {int(dataset.tokens[position])} is not below the vocabulary size, {self.vocab_size}"
+                rule = f"token id {int(tokens[at])} is not below the vocabulary size, {self.vocab_size}"
                 remedy = "set model.vocab_size and data.tokenizer to those the set was made with, or tokenize it anew"
                 raise UserError(Problem(where, rule, remedy))
         raise AssertionError("only what a set holds can be out of range")

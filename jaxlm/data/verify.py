@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.indexed import IndexedDataset, set_paths
+from jaxlm.data.indexed import IndexedDataset
 from jaxlm.settings import Parser, run_main
 
 _BLOCK_TOKENS = 1 << 22
@@ -34,15 +34,13 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> str:
         if max_token >= limit or int(block.min()) < 0:
             position = start + int(np.argmax((block >= limit) | (block < 0)))
             where = f"{prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
-            rule = f"token id {int(dataset.tokens[position])} is not in [0, {limit})"
+            rule = f"token id {int(block[position - start])} is not in [0, {limit})"
             raise UserError(Problem(where, rule, "tokenize again, or give the vocabulary size the set was made with"))
-    with open(set_paths(prefix)[1], "rb") as file:
-        idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     counts = f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens"
     return (
         f"{prefix}: sound; {counts} of {dataset.dtype.name}, largest id {max_token}\n"
         f"  sha256 .bin {digest.hexdigest()}\n"
-        f"  sha256 .idx {idx_sha256}"
+        f"  sha256 .idx {hashlib.sha256(dataset.index_bytes.data).hexdigest()}"
     )
 
 
