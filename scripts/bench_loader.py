@@ -82,8 +82,9 @@ def main() -> None:
             make_set(Path(folder) / name, num_tokens=options.tokens, document_tokens=options.document_tokens)
         train = TrainConfig(batch_size=options.batch_size, seq_len=options.seq_len, num_steps=options.batches + 1)
         for mode in options.modes:
-            given = {"train": ("{}/a",)} | MODES[mode]
-            data = DataConfig(**(given | {"train": tuple(prefix.format(folder) for prefix in given["train"])}))
+            given: dict[str, Any] = {"train": ("{}/a",)} | MODES[mode]
+            given["train"] = tuple(entry.format(folder) for entry in given["train"])
+            data = DataConfig(**given)
             config = derived(Config(model=ModelConfig(vocab_size=260), train=train, data=data))
             result = measure(config, Path(folder), num_batches=options.batches, threads=options.threads)
             print(mode, json.dumps({key: round(value, 2) for key, value in result.items()}), flush=True)

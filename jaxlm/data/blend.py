@@ -9,15 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.data.samples import Samples, Span
+from jaxlm.data.samples import Samples, Span, normalised
 
 BLOCK = 1 << 16  # samples picked at a time
-
-
-def normalised(weights: Sequence[float]) -> list[float]:
-    """Shares of 1, rounded as Megatron rounds them."""
-    given = np.array(weights, np.float64)
-    return (given / np.sum(given)).tolist()
 
 
 class Greedy:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import Config, Problem, UserError, skipped_batches
-from jaxlm.data.blend import Blend, normalised
+from jaxlm.data.blend import Blend
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.infill import Infill
 from jaxlm.data.loader import Loader, batch_of
-from jaxlm.data.megatron import MegatronSamples, split_sequences
+from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
 from jaxlm.data.prepare import prepare
 from jaxlm.data.ramp import Ramp, in_force
-from jaxlm.data.samples import Samples, TokenRange, Windows, split_ranges, whole
+from jaxlm.data.samples import Samples, TokenRange, Windows, normalised, split, whole
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _NUMBER = r"\d+\.?\d*(?:[eE]-?\d+)?"
@@ -78,8 +78,8 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
     else:
         tokenizer, entries = load_tokenizer(data.tokenizer), [parse_train(entry) for entry in data.train]
     sets = [IndexedDataset(prefix) for prefix, _ in entries]
-    cut = _by_sequences if data.order == "megatron" or data.packing == "best_fit" else _by_tokens
-    cuts = [(whole(s), None) if data.eval else cut(s, data.split) for s in sets]
+    documents = data.order == "megatron" or data.packing == "best_fit"
+    cuts = [(whole(s), None) if data.eval else _cut(s, data.split, documents=documents) for s in sets]
     training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
     evaluation: dict[str, tuple[TokenRange, ...]] = {}
     for entry in data.eval:
@@ -90,15 +90,13 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
     return Corpus(tokenizer, training, evaluation)
 
 
-def _by_tokens(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
-    first, second, *_ = split_ranges(dataset.num_tokens, shares=shares)
-    return TokenRange(dataset, *first), TokenRange(dataset, *second)
-
-
-def _by_sequences(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
-    first, second, *_ = split_sequences(len(dataset), shares=shares)
-    start, middle, end = dataset.first_tokens(np.array([first.start, second.start, second.stop])).tolist()
-    return TokenRange(dataset, start, middle, first), TokenRange(dataset, middle, end, second)
+def _cut(dataset: IndexedDataset, shares: Sequence[float], *, documents: bool) -> list[TokenRange]:
+    """Training's and evaluation's share of a set, of its tokens, or of its sequences, whole."""
+    parts = split(len(dataset) if documents else dataset.num_tokens, shares=shares)[:2]
+    if not documents:
+        return [TokenRange(dataset, part.start, part.stop) for part in parts]
+    at = dataset.first_tokens(np.array([parts[0].start, parts[1].start, parts[1].stop])).tolist()
+    return [TokenRange(dataset, at[k], at[k + 1], parts[k]) for k in (0, 1)]
 
 
 def training_samples(parts: tuple[TokenRange, ...], config: Config, ramp: Ramp) -> Samples:

@@ -77,17 +77,19 @@ def whole(dataset: IndexedDataset) -> TokenRange:
     return TokenRange(dataset, 0, dataset.num_tokens, range(len(dataset)))
 
 
-def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """[start, stop) of each share of `num_tokens` in file order; together they are all of it.
+def split(count: int, *, shares: Sequence[float]) -> list[range]:
+    """The numbers below `count` that each share gets, in order; together they are all. Rounded as Megatron's --split is.
 
-    Example: split_ranges(1000, shares=(0.95, 0.05)) is [(0, 950), (950, 1000)]; shares (19, 1) give the same.
-    Raises: UserError unless every share is at least 0 and one is positive.
+    Example: split(1000, shares=(0.95, 0.05)) is [range(0, 950), range(950, 1000)]; shares (19, 1) give the same.
     """
-    if not shares or not all(0 <= share < float("inf") for share in shares) or sum(shares) <= 0:
-        remedy = "write shares such as (0.95, 0.05)"
-        raise UserError(Problem(f"data.split={tuple(shares)}", "shares must be at least 0 and not all 0", remedy))
-    bounds = [0, *(round(num_tokens * (sum(shares[: k + 1]) / sum(shares))) for k in range(len(shares)))]
-    return list(itertools.pairwise(bounds))
+    bounds = [0, *(round(end * count) for end in np.cumsum(normalised(shares)).tolist())]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Shares of 1, rounded as Megatron rounds them."""
+    given = np.array(weights, np.float64)
+    return (given / np.sum(given)).tolist()
 
 
 class Windows:

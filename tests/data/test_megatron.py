@@ -17,8 +17,8 @@ from jaxlm.config import UserError
 from jaxlm.data import blend
 from jaxlm.data.blend import Blend, Greedy
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.megatron import MegatronSamples, split_sequences
-from jaxlm.data.samples import TokenRange
+from jaxlm.data.megatron import MegatronSamples
+from jaxlm.data.samples import TokenRange, split
 
 MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25)
@@ -130,7 +130,7 @@ def test_both_kinds_of_last_epoch_are_drawn() -> None:
     ],
 )
 def test_splits_are_megatrons(shares: tuple, num: int, bounds: list) -> None:
-    assert [(r.start, r.stop) for r in split_sequences(num, shares=shares)] == bounds
+    assert [(r.start, r.stop) for r in split(num, shares=shares)] == bounds
 
 
 def test_a_set_too_short_for_a_row_is_refused(tmp_path: Path) -> None:
