@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxlm.config import Problem, UserError
 from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
@@ -77,9 +76,6 @@ def main(argv: Sequence[str]) -> int:
     text.add_argument("--data", nargs="+", default=(), metavar="PREFIX", help="tokenized .bin/.idx sets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    for prefix in args.data:
-        if not Path(f"{prefix}.idx").is_file():
-            raise UserError(Problem(f"--data={prefix}", f"no file {prefix}.idx", "name a set without its .bin or .idx"))
     result = evaluate(args.workdir, step=args.step, inputs=args.input, prefixes=args.data)
     if args.json:
         print(json.dumps(result))

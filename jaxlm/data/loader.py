@@ -108,38 +108,27 @@ class Loader:
         for dataset, start, stop in itertools.chain(*spans):
             if isinstance(dataset.tokens, Stored):
                 dataset.tokens.expect(start, stop)
-        rows = self._separate(spans, indices) if self.samples.separate else self._joined(spans, indices)
+        rows = self._rows(spans, indices)
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
-        rows = Batch(*(x if x is None else x.reshape(-1, self.shape(step)[1]) for x in rows))
+        rows = Batch(*(x.reshape(-1, self.shape(step)[1]) for x in rows))
         if self._masks:
             rows.weights[rows.tokens == self._eod] = 0
-        return rows._replace(starts=self._starts(rows)) if self._separates else rows
+        return rows._replace(starts=self._starts(rows) if self._separates else None)
 
-    def _joined(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
-        """Each sample one stretch of tokens."""
-        x_BT1 = np.zeros((len(indices), self.samples.seq_len + 1), np.int32)
-        weights = np.zeros((len(indices), self.samples.seq_len), np.float32)
-        for row, weight, parts, index in zip(x_BT1, weights, spans, indices.tolist()):
-            at = 0
-            for dataset, start, stop in parts:
-                row[at : at + stop - start] = _read(dataset, start, stop)
-                at += stop - start
-            weight[: at - 1] = 1
-            if self._rewrite is not None:
-                row[:] = self._rewrite(row, index)
-        return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
-
-    def _separate(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
-        """Each span inputs and labels of its own; what is left of a row is one more document, of weight 0."""
+    def _rows(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
+        """A row a sample: each stretch of tokens inputs and labels of its own; what is left is one more, of weight 0."""
         shape = (len(indices), self.samples.seq_len)
         tokens, labels, starts = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
-        for row, parts in enumerate(spans):
+        for row, (parts, index) in enumerate(zip(spans, indices.tolist())):
             at = 0
-            for dataset, start, stop in parts:
-                values, here = _read(dataset, start, stop), slice(at, at + stop - start - 1)
+            for stretch in ([part] for part in parts) if self.samples.separate else (parts,):
+                values = _read(*stretch[0]) if len(stretch) == 1 else np.concatenate([_read(*part) for part in stretch])
+                if self._rewrite is not None:
+                    values = self._rewrite(values, index)
+                here = slice(at, at + len(values) - 1)
                 tokens[row, here], labels[row, here] = values[:-1], values[1:]
                 weights[row, here], starts[row, here] = 1, at
                 at = here.stop
@@ -149,9 +138,8 @@ class Loader:
     def _starts(self, rows: Batch) -> np.ndarray:
         """Where each position's document starts: after the last `eod` before it, or where its span does."""
         B, T = rows.tokens.shape
-        starts_BT = np.zeros((B, T), np.int32)
-        if rows.starts is not None:  # counted in a sample; where a row begins within one, so does a document
-            starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
+        # counted in a sample; where a row begins within one, so does a document
+        starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
         after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
         starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
         return starts_BT
