@@ -168,19 +168,19 @@ def _read_header(path: str, raw: np.ndarray) -> tuple[np.dtype, int, int]:
     if len(start) < HEADER.size:
         _refuse(path, len(start), f"ends within the header, which has {HEADER.size} bytes")
     _, version, code, num_sequences, num_entries = HEADER.unpack(start)
-    if version != 1:
-        _refuse(path, 9, f"version is {version}; the only one is 1")
-    if code not in DTYPES:
-        known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
-        _refuse(path, 17, f"dtype code is {code}; tokens have one of: {known}")
-    if num_entries < 1:
-        _refuse(path, 26, "document index has 0 entries; even an empty set has one")
     expected = HEADER.size + 12 * num_sequences + 8 * num_entries
-    if len(raw) == expected + num_sequences and num_sequences:
-        _refuse(path, expected, "holds sequence modes: the set is multimodal", "use a set of text only")
-    if len(raw) != expected:
-        sizes = f"{num_sequences} sequences and {num_entries} document entries take {expected}"
-        _refuse(path, min(len(raw), expected), f"file has {len(raw)} bytes; {sizes}")
+    known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
+    sizes = f"{num_sequences} sequences and {num_entries} document entries take {expected}"
+    modes = len(raw) == expected + num_sequences and num_sequences
+    for wrong, offset, rule in (
+        (version != 1, 9, f"version is {version}; the only one is 1"),
+        (code not in DTYPES, 17, f"dtype code is {code}; tokens have one of: {known}"),
+        (num_entries < 1, 26, "document index has 0 entries; even an empty set has one"),
+        (modes, expected, "holds sequence modes: the set is multimodal, and only text can be read"),
+        (len(raw) != expected, min(len(raw), expected), f"file has {len(raw)} bytes; {sizes}"),
+    ):
+        if wrong:
+            _refuse(path, offset, rule)
     return DTYPES[code], num_sequences, num_entries
 
 

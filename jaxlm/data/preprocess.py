@@ -53,7 +53,7 @@ def parser() -> Parser:
 def run(options: argparse.Namespace) -> list[str]:
     """Write the sets and return a report of them, in lines. Raises: UserError."""
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
-    _check(options, list(prefixes.values()))
+    _check(options)
     files = expand(tuple(options.input), setting="--input")
     tokenizer = load_tokenizer(options.tokenizer)
     if options.append_eod and tokenizer.eod is None:
@@ -120,20 +120,19 @@ class Journal:
         write_whole(self.path, json.dumps(record).encode())
 
 
-def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
-    at_least = (("--workers", options.workers, 1), ("--max-bad-lines", options.max_bad_lines, 0))
-    problems = [
-        Problem(f"{name} {value}", f"must be at least {least}", f"use {least} or more")
-        for name, value, least in at_least
-        if value < least
-    ]
-    for key in options.json_keys:
-        if "/" in key or not key:
-            rule = "becomes part of a file name and cannot be empty or hold a slash"
-            problems.append(Problem(f"--json-keys {key!r}", rule, "rename the field in the input"))
-    if len(set(prefixes)) < len(prefixes) or len(set(options.json_keys)) < len(options.json_keys):
-        problems.append(Problem(f"--json-keys {' '.join(options.json_keys)}", "names a key twice", "name it once"))
-    if problems:
+def _check(options: argparse.Namespace) -> None:
+    keys = options.json_keys
+    rules = (
+        (options.workers >= 1, f"--workers {options.workers}", "must be at least 1"),
+        (options.max_bad_lines >= 0, f"--max-bad-lines {options.max_bad_lines}", "must be at least 0"),
+        (
+            all(key and "/" not in key for key in keys),
+            f"--json-keys {keys}",
+            "name files: none is empty or has a slash",
+        ),
+        (len(set(keys)) == len(keys), f"--json-keys {' '.join(keys)}", "names a key twice"),
+    )
+    if problems := [Problem(where, rule, "mend the option") for holds, where, rule in rules if not holds]:
         raise UserError(*problems)
 
 

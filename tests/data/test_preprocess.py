@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(
     [
         (["--workers", "0"], "--workers 0"),
         (["--max-bad-lines", "-1"], "--max-bad-lines -1"),
-        (["--json-keys", "a/b"], "--json-keys 'a/b'"),
+        (["--json-keys", "a/b"], "--json-keys ['a/b']"),
         (["--json-keys", "a", "a"], "names a key twice"),
         (["--tokenizer", "bites"], "did you mean bytes"),
         (["--input", "nowhere.txt"], "matches no file"),
