@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -71,12 +71,12 @@ class Reader:
         self._start_s = self._line_s = time.perf_counter()
         self._passed_bytes = self._read_bytes
 
-    def _note(self, num_bytes: int) -> None:
+    def _count(self, num_bytes: int) -> None:
         self._read_bytes += num_bytes
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of all files."""
-        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._note))
+        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._count))
         for _ in itertools.islice(chunks, self._before.chunks):
             pass
         self._begin()
@@ -118,9 +118,8 @@ def write_documents(
 
     Raises: UserError past `max_bad_lines` lines without text, or if there is no text.
     """
-    for encoded in _encode_all(
-        reader.chunks(), tokenizer=tokenizer, keys=tuple(writers), append_eod=append_eod, workers=workers
-    ):
+    options: Any = dict(tokenizer=tokenizer, keys=tuple(writers), append_eod=append_eod, workers=workers)
+    for encoded in _encode_all(reader.chunks(), **options):
         for number, reason in encoded.bad_lines:
             totals.bad += 1
             where = f"{encoded.path}, line {number}"
@@ -141,7 +140,7 @@ def write_documents(
         if totals.chunks % SHARD_CHUNKS == 0:
             on_shard()
     if not totals.tokens:
-        raise UserError(Problem(" ".join(reader.files), "holds no text", "name files with text in them"))
+        raise UserError(Problem(" ".join(reader.files[:3]), "holds no text", "name files with text in them"))
     on_shard()
 
 

@@ -9,11 +9,6 @@ import numpy as np
 from jaxlm.config import Problem, UserError
 
 
-def read_whole(url: str) -> np.ndarray:
-    """The bytes of a file, uint8[size]. Raises: UserError if there is none, or it cannot be read."""
-    return np.frombuffer(_answer(url, _ask(url, None)), np.uint8)
-
-
 class Stored:
     """A file of `num_items` as an array of which a slice is read when it is asked for, and nothing else is.
 
@@ -40,13 +35,18 @@ class Stored:
         self._asked[start, stop] = _ask(self.url, slice(start * size, stop * size))
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, _ = part.indices(self.num_items)
-        size, asked = self.dtype.itemsize, self._asked.pop((start, stop), None)
-        asked = asked or _ask(self.url, slice(start * size, stop * size))
-        return np.frombuffer(_answer(self.url, asked), self.dtype)
+        bounds = part.indices(self.num_items)[:2]
+        if bounds not in self._asked:
+            self.expect(*bounds)
+        return np.frombuffer(_answer(self.url, self._asked.pop(bounds)), self.dtype)
 
 
-def _ask(url: str, byte_range: slice | None) -> Any:
+def read_whole(url: str) -> np.ndarray:
+    """The bytes of a file, uint8[size]. Raises: UserError if there is none, or it cannot be read."""
+    return np.frombuffer(_answer(url, _ask(url)), np.uint8)
+
+
+def _ask(url: str, byte_range: slice | None = None) -> Any:
     import tensorstore  # a moment, for those who read from buckets
 
     folder, _, name = url.rpartition("/")
@@ -56,8 +56,9 @@ def _ask(url: str, byte_range: slice | None) -> Any:
 def _answer(url: str, asked: Any) -> bytes:
     try:
         found = asked.result()
+        why = "does not exist" if found.state == "missing" else ""
     except Exception as error:  # whatever the store raises
-        raise UserError(Problem(url, f"cannot be read: {error}", "check the network and your credentials")) from error
-    if found.state == "missing":
-        raise UserError(Problem(url, "does not exist", "check the address; a set is a pair PREFIX.bin and PREFIX.idx"))
+        found, why = None, f"cannot be read: {error}"
+    if found is None or why:
+        raise UserError(Problem(url, why, "check the address, the network and your credentials"))
     return found.value
