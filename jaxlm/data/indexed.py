@@ -138,10 +138,10 @@ def _files(prefix: str) -> tuple[str, str]:
 def _remedy_for(missing: str) -> str:
     if missing.endswith((".bin", ".idx")):
         return f"give the prefix without its ending: {missing[:-4]}"
-    near = Path(missing).parent.glob(f"{glob.escape(Path(missing).name)}*.idx")
-    if names := sorted(str(path)[:-4] for path in near):
-        return f"did you mean {', '.join(names[:3])}?"
-    return "check the path; a set is a pair PREFIX.bin and PREFIX.idx, and a killed writer leaves no .idx"
+    near = sorted(str(path)[:-4] for path in Path(missing).parent.glob(f"{glob.escape(Path(missing).name)}*.idx"))
+    return (
+        f"did you mean {', '.join(near[:3])}?" if near else "check the path; a set is a pair PREFIX.bin and PREFIX.idx"
+    )
 
 
 def _map(path: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -38,6 +39,7 @@ def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
     return step
 
 
+@dataclass(eq=False)
 class Loader:
     """The batches of `samples`: batch i takes `ramp.size(i)` of them, from number `ramp.before(i)` on, and a step reads
     batch `batch_of(step, skip)`. The ramp counts samples, so those in `skip` too; `lengths` counts steps.
@@ -49,28 +51,24 @@ class Loader:
     Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        ramp: Ramp,
-        *,
-        eod: int | None,
-        vocab_size: int,
-        mask_eod_loss: bool = False,
-        separates: bool = False,
-        lengths: Sequence[tuple[int, int]] = (),
-        skip: Sequence[tuple[int, int]] = (),
-        rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None,
-    ):
-        if (mask_eod_loss or separates) and eod is None:
-            where = "data.mask_eod_loss" if mask_eod_loss else "data.reset_at_eod, data.packing"
+    samples: Samples
+    ramp: Ramp
+    _: KW_ONLY
+    eod: int | None
+    vocab_size: int
+    mask_eod_loss: bool = False
+    separates: bool = False
+    lengths: Sequence[tuple[int, int]] = ()
+    skip: Sequence[tuple[int, int]] = ()
+    rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mask_eod_loss or self.separates) and self.eod is None:
+            where = "data.mask_eod_loss" if self.mask_eod_loss else "data.reset_at_eod, data.packing"
             remedy = "leave it out, or use another tokenizer"
             raise UserError(Problem(where, "the tokenizer has no end-of-document token", remedy))
-        assert vocab_size > 0 and (separates or not samples.separate) and (samples.endless or not skip)
-        self.samples, self.ramp, self.lengths, self.skip = samples, ramp, lengths, skip
-        self.vocab_size = vocab_size
-        self._eod, self._masks, self._separates, self._rewrite = eod, mask_eod_loss, separates, rewrite
-        self.num_batches = None if samples.endless else -(-samples.num_samples // ramp.final)
+        assert self.separates or not self.samples.separate
+        self.num_batches = None if self.samples.endless else -(-self.samples.num_samples // self.ramp.final)
 
     def tokens_before(self, step: int) -> int:
         """Tokens in all steps before it."""
@@ -113,9 +111,9 @@ class Loader:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
         rows = Batch(*(x.reshape(-1, self.shape(step)[1]) for x in rows))
-        if self._masks:
-            rows.weights[rows.tokens == self._eod] = 0
-        return rows._replace(starts=self._starts(rows) if self._separates else None)
+        if self.mask_eod_loss:
+            rows.weights[rows.tokens == self.eod] = 0
+        return rows._replace(starts=self._starts(rows) if self.separates else None)
 
     def _rows(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
         """A row a sample: each stretch of tokens inputs and labels of its own; what is left is one more, of weight 0."""
@@ -126,8 +124,8 @@ class Loader:
             at = 0
             for stretch in ([part] for part in parts) if self.samples.separate else (parts,):
                 values = _read(*stretch[0]) if len(stretch) == 1 else np.concatenate([_read(*part) for part in stretch])
-                if self._rewrite is not None:
-                    values = self._rewrite(values, index)
+                if self.rewrite is not None:
+                    values = self.rewrite(values, index)
                 here = slice(at, at + len(values) - 1)
                 tokens[row, here], labels[row, here] = values[:-1], values[1:]
                 weights[row, here], starts[row, here] = 1, at
@@ -140,7 +138,7 @@ class Loader:
         B, T = rows.tokens.shape
         # counted in a sample; where a row begins within one, so does a document
         starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
-        after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
+        after = np.where(rows.tokens[:, :-1] == self.eod, np.arange(1, T, dtype=np.int32), 0)
         starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
         return starts_BT
 

@@ -17,7 +17,7 @@ class Packed:
     A document of n tokens has n - 1 inputs with a label; those are cut into pieces of at most seq_len. A piece goes into
     the fullest row that has room for it.
 
-    Attributes: `fill_frac`, inputs over the places of all rows.   Raises: UserError if no document has two tokens.
+    Raises: UserError if no document has two tokens.
     Source: Ding et al., Fewer truncations improve language modeling, arXiv:2404.10830, section 3.
     """
 
@@ -33,17 +33,15 @@ class Packed:
         row, self.num_samples = best_fit(size, room=seq_len)
         order = np.argsort(row, kind="stable")
         self._part, self._first, self._size = part[order], first[order], size[order]
-        self._ends = np.cumsum(np.bincount(row, minlength=self.num_samples))
-        self.fill_frac = int(size.sum(dtype=np.int64)) / (self.num_samples * seq_len)
+        self._bounds = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=self.num_samples))))
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
         rows = np.asarray(indices, np.int64)
         if self.endless:
             _, rows = shuffled(rows, size=self.num_samples, seed=self.seed)
-        return [self._row(row) for row in rows.tolist()]
+        return [self._row(slice(self._bounds[row], self._bounds[row + 1])) for row in rows.tolist()]
 
-    def _row(self, row: int) -> list[Span]:
-        pieces = slice(self._ends[row - 1] if row else 0, self._ends[row])
+    def _row(self, pieces: slice) -> list[Span]:
         columns = (column[pieces].tolist() for column in (self._part, self._first, self._size))
         return [Span(self.parts[k].dataset, first, first + size + 1) for k, first, size in zip(*columns)]
 

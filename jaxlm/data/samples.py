@@ -68,9 +68,6 @@ class TokenRange:
     def num_tokens(self) -> int:
         return self.stop - self.start
 
-    def __str__(self) -> str:
-        return f"{self.dataset.prefix}[{self.start}:{self.stop}]"
-
 
 def whole(dataset: IndexedDataset) -> TokenRange:
     """All tokens of a set."""
@@ -144,7 +141,7 @@ class Windows:
 
 
 def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:
-    names = ", ".join(map(str, ranges)) or "no token set"
+    names = ", ".join(f"{part.dataset.prefix}[{part.start}:{part.stop}]" for part in ranges)
     rule = f"no range has the seq_len + 1 = {seq_len + 1} tokens of one row"
     raise UserError(Problem(names, rule, "use more text, a smaller train.seq_len or another data.split"))
 

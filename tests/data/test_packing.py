@@ -66,7 +66,6 @@ def test_every_pair_of_neighbours_in_a_document_is_an_input_and_its_label_once(
         real = batch.weights > 0
         pairs = sorted(zip(batch.tokens[real].tolist(), batch.labels[real].tolist(), strict=True))
         assert pairs == sorted(pair for document in documents for pair in zip(document, document[1:], strict=False))
-    assert samples.fill_frac == real.mean()
     t_BT = np.arange(16) - batch.starts
     for tokens, labels, starts, weights, t in zip(*batch[:2], batch.starts, batch.weights, t_BT, strict=True):
         for position in np.flatnonzero((t > 0) & (weights > 0)):  # inside a piece the input is the label before it
