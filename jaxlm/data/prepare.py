@@ -79,15 +79,9 @@ def _reuse(
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         made_with, num_tokens = manifest["settings"], manifest["set"]["tokens"]
-        known = {
-            source["path"]: (source["bytes"], source["mtime_ns"], source["sha256"]) for source in manifest["sources"]
-        }
-        changes = [
-            f"{key} was {made_with.get(key)}, is {value}"
-            for key, value in settings.items()
-            if made_with.get(key) != value
-        ]
-        why = "; ".join(changes)
+        known = {part["path"]: (part["bytes"], part["mtime_ns"], part["sha256"]) for part in manifest["sources"]}
+        changed = [key for key, value in settings.items() if made_with.get(key) != value]
+        why = "; ".join(f"{key} was {made_with.get(key)}, is {settings[key]}" for key in changed)
     except (ValueError, KeyError, TypeError, AttributeError):
         why, manifest, known, num_tokens = f"{folder / 'manifest.json'} is damaged", {}, {}, 0
     if not why and _refuse_changes(folder, settings["data.path"], known):
