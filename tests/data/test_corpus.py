@@ -142,6 +142,15 @@ def test_weights_are_normalised_before_they_are_multiplied(
     assert [s.num_samples for s in samples.sources] == [(-(-(n * 16 + 1) // 798) * 798 - 1) // 16 for n in wanted]
 
 
+def test_a_long_mixture_is_counted_no_further_than_it_is_read(sets: list[str], tmp_path: Path) -> None:
+    c = config(dict(train=(f"0.7:{sets[0]}", f"0.3:{sets[1]}"), order="megatron"), num_steps=50_000)
+    loader = training_loader(c, open_corpus(c, tmp_path, print))
+    assert loader.shape(49_999) == loader.batch(0).tokens.shape
+    assert isinstance(loader.samples, Blend) and len(loader.samples._rules[0]._counts) == 1  # of four blocks
+    loader.batch(49_999)
+    assert len(loader.samples._rules[0]._counts) == 4
+
+
 ORDERS = [
     dict(order="megatron"),
     dict(order="megatron", weights=("0.7:", "0.3:")),
