@@ -47,23 +47,23 @@ def loss_and_grads(schedule: Schedule, axis: str, parts: Parts, weights: Any, en
     Args:
       weights: this stage's, each leaf [R, ...].   ends: parameters of `first` and `last`. Both may hold working copies.
     """
-    run = _Run(schedule, axis, parts, weights, ends)
+    run = _Run(schedule, axis, parts, _by_repeat(schedule, weights), ends)
     carry = run.start()
     for start, stop, forwards, backwards in schedule.phases:
         tick = partial(run.tick, forwards=forwards, backwards=backwards)
         carry = jax.lax.scan(tick, carry, jnp.arange(start, stop))[0]
     report, dweights, dends = carry.sums
-    return report, (dweights, dends)
+    return report, (jax.tree.map(lambda *repeats: jnp.stack(repeats), *dweights), dends)
 
 
 def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -> jax.Array:
     """The sum of reports alone: forwards, nothing kept."""
-    run = _Run(schedule, axis, parts, weights, ends)
+    run = _Run(schedule, axis, parts, _by_repeat(schedule, weights), ends)
 
     def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         y, report = carry
         item, x = run.enter(t, y, run.newest(t, y))
-        y = parts.stage(run.at(item.repeat), x, item.microbatch, item.repeat)
+        y = run.each(item.repeat, lambda r, x: parts.stage(run.weights[r], x, item.microbatch, r), x)
         left = schedule.forward(schedule.stages - 1, t)
         done = left.on & (left.repeat == schedule.repeats - 1)
         more = run.when(done, lambda y: parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], y)
@@ -91,13 +91,13 @@ class _Run:
     schedule: Schedule
     axis: str
     parts: Parts
-    weights: Any
+    weights: list  # of each repeat
     ends: Any
 
     def start(self) -> _Carry:
         x = self._like(jax.eval_shape(self.parts.first, self.ends, 0))
         slots = self.schedule.num_slots
-        kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), jnp.int32(0))[0], self.at(0), x)
+        kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), 0)[0], self.weights[0], x)
         ring = [jnp.zeros((slots, *leaf.shape), leaf.dtype) for leaf in kept]
         zeros = jax.tree.map(jnp.zeros_like, gradients((self.weights, self.ends)))
         return _Carry(self.newest(0, x), x, x, ring, (jnp.zeros((), jnp.float32), *zeros))
@@ -106,7 +106,8 @@ class _Run:
         new, y, dx, ring, sums = carry.new, carry.y, carry.dx, carry.ring, carry.sums
         if forwards:
             item, x = self.enter(t, y, new)
-            kept, _ = self.linear(self.at(item.repeat), x, item.microbatch, item.repeat)
+            m = item.microbatch
+            kept = self.each(item.repeat, lambda r, x: self.linear(self.weights[r], x, m, r)[0], x)
             slot = t % self.schedule.num_slots
             ring = [jax.lax.dynamic_update_index_in_dim(all_, one, slot, 0) for all_, one in zip(ring, kept)]
             new, y = self.newest(t + 1, y), self.send(kept[0], 1)
@@ -143,11 +144,13 @@ class _Run:
         y = carry.y if just_left else kept[0]
         more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, y)
         dy = jnp.where((self.stage == last_stage) & (item.repeat == schedule.repeats - 1), dy_top, dy)
-        weights = self.at(item.repeat)
-        pull = self.linear(weights, jnp.zeros_like(dy), item.microbatch, item.repeat)[1]
-        dw, dx = pull(kept, jnp.where(item.on, dy, 0))
-        dweights = jax.tree.map(partial(self.add_at, item.repeat), dweights, gradients(dw))
 
+        def down(r: int, dweights: list, kept: list, dy: jax.Array) -> tuple[list, jax.Array]:
+            pull = self.linear(self.weights[r], jnp.zeros_like(dy), item.microbatch, r)[1]
+            dw, dx = pull(kept, dy)
+            return [*dweights[:r], jax.tree.map(jnp.add, dweights[r], gradients(dw)), *dweights[r + 1 :]], dx
+
+        dweights, dx = self.each(item.repeat, down, dweights, kept, jnp.where(item.on, dy, 0))
         entered = schedule.backward(0, t)
 
         def bottom(dx: jax.Array) -> Any:
@@ -175,15 +178,14 @@ class _Run:
     def stage(self) -> jax.Array:
         return jax.lax.axis_index(self.axis)
 
-    def at(self, repeat: Any) -> Any:
-        """This stage's weights of one repeat."""
-        if self.schedule.repeats == 1:
-            return jax.tree.map(lambda leaf: leaf[0], self.weights)
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), self.weights)
+    def each(self, repeat: Any, function: Callable, *args: Any) -> Any:
+        """function(r, *args) with r = repeat: a branch for each, for a slice of all weights would be a copy every tick.
 
-    def add_at(self, repeat: Any, sums: jax.Array, one: jax.Array) -> jax.Array:
-        """`sums` [R, ...] with `one` added to a repeat; with R = 1 the plain sum, which a product can write itself."""
-        return sums + one[None] if self.schedule.repeats == 1 else sums.at[repeat].add(one)
+        Stages take different branches, and the devices of one stage the same: collectives over other axes are safe.
+        """
+        if self.schedule.repeats == 1:
+            return function(0, *args)
+        return jax.lax.switch(repeat, [partial(function, r) for r in range(self.schedule.repeats)], *args)
 
     def send(self, x: jax.Array, step: int) -> jax.Array:
         """x of the stage `step` before this one, in a ring."""
@@ -202,3 +204,8 @@ class _Run:
 
     def _like(self, shapes: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _by_repeat(schedule: Schedule, weights: Any) -> list:
+    """Weights whose leaves are [R, ...], a tree for each repeat."""
+    return [jax.tree.map(lambda leaf, r=r: leaf[r], weights) for r in range(schedule.repeats)]
