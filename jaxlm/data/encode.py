@@ -8,12 +8,14 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,31 +58,27 @@ class Totals:
 
 
 class Reader:
-    """Reads files and shows how far it is, speed and time left: a bar on a terminal, else lines given to `log`.
+    """Reads files and shows on stderr how far it is, speed and time left: at once on a terminal, else now and then.
 
     `before` is what an earlier, ended run had read of them: it is passed over.
     """
 
-    def __init__(self, files: Sequence[str], *, log: Callable[[str], object], bar: bool, before: Totals | None = None):
-        self.files, self._log, self._before = files, log, dataclasses.replace(before or Totals())
-        self._total_bytes, self._read_bytes = sum(map(os.path.getsize, files)), 0
-        self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, desc="read", leave=False, disable=not bar)
-        self._begin()
+    def __init__(self, files: Sequence[str], *, before: Totals | None = None):
+        self.files, self._before, self._start_s = files, dataclasses.replace(before or Totals()), time.perf_counter()
+        every_s = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
+        bar: Any = dict(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="read", leave=False)
+        self._bar = tqdm(**bar, mininterval=every_s, delay=every_s)
 
-    def _begin(self) -> None:
-        self._start_s = self._line_s = time.perf_counter()
-        self._passed_bytes = self._read_bytes
-
-    def _count(self, num_bytes: int) -> None:
-        self._read_bytes += num_bytes
-
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """The chunks of all files."""
-        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._count))
+        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._bar.update))
         for _ in itertools.islice(chunks, self._before.chunks):
             pass
-        self._begin()
-        yield from chunks
+        self._bar.initial, self._bar.start_t, self._start_s = self._bar.n, time.time(), time.perf_counter()
+        try:
+            yield from chunks
+        finally:
+            self._bar.close()
 
     def speed(self, totals: Totals) -> str:
         took_s = max(time.perf_counter() - self._start_s, 1e-9)
@@ -90,16 +88,6 @@ class Reader:
     def show(self, totals: Totals) -> None:
         counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
         self._bar.set_postfix_str(f"{self.speed(totals)}, {counts}", refresh=False)
-        self._bar.update(self._read_bytes - self._bar.n)
-        now_s = time.perf_counter()
-        if self._bar.disable and now_s - self._line_s >= LINE_EVERY_S:
-            self._line_s, read_bytes = now_s, self._read_bytes - self._passed_bytes
-            left_s = (now_s - self._start_s) * (self._total_bytes - self._read_bytes) / max(read_bytes, 1)
-            share = f"{self._read_bytes / 1e6:.1f} of {self._total_bytes / 1e6:.1f} MB read"
-            self._log(f"{share}, {self.speed(totals)}, {counts}, about {max(left_s, 0):.0f} s left")
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def write_documents(
@@ -119,26 +107,27 @@ def write_documents(
     Raises: UserError past `max_bad_lines` lines without text, or if there is no text.
     """
     options: Any = dict(tokenizer=tokenizer, keys=tuple(writers), append_eod=append_eod, workers=workers)
-    for encoded in _encode_all(reader.chunks(), **options):
-        for number, reason in encoded.bad_lines:
-            totals.bad += 1
-            where = f"{encoded.path}, line {number}"
-            if totals.bad > max_bad_lines:
-                rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
-                remedy = "mend the line, or skip such lines: python -m jaxlm.data.preprocess --max-bad-lines N"
-                raise UserError(Problem(where, rule, remedy))
-            if totals.bad <= BAD_LINES_KEPT:
-                totals.bad_lines.append(f"{where}: {reason}")
-        for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
-            writer.add_documents(tokens, lengths=lengths)
-            totals.documents += len(lengths)
-            totals.tokens += len(tokens)
-        totals.empty += encoded.num_empty
-        totals.text_bytes += encoded.text_bytes
-        totals.chunks += 1
-        reader.show(totals)
-        if totals.chunks % SHARD_CHUNKS == 0:
-            on_shard()
+    with closing(reader.chunks()) as chunks:
+        for encoded in _encode_all(chunks, **options):
+            for number, reason in encoded.bad_lines:
+                totals.bad += 1
+                where = f"{encoded.path}, line {number}"
+                if totals.bad > max_bad_lines:
+                    rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
+                    remedy = "mend the line, or skip such lines: python -m jaxlm.data.preprocess --max-bad-lines N"
+                    raise UserError(Problem(where, rule, remedy))
+                if totals.bad <= BAD_LINES_KEPT:
+                    totals.bad_lines.append(f"{where}: {reason}")
+            for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
+                writer.add_documents(tokens, lengths=lengths)
+                totals.documents += len(lengths)
+                totals.tokens += len(tokens)
+            totals.empty += encoded.num_empty
+            totals.text_bytes += encoded.text_bytes
+            totals.chunks += 1
+            reader.show(totals)
+            if totals.chunks % SHARD_CHUNKS == 0:
+                on_shard()
     if not totals.tokens:
         raise UserError(Problem(" ".join(reader.files[:3]), "holds no text", "name files with text in them"))
     on_shard()

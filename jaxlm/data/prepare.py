@@ -138,7 +138,7 @@ def _build(
         chunks = (chunk for path in files for chunk in read_chunks(path))
         texts = (text for chunk in chunks for text in parse(chunk, keys=(key,)).texts[0])
         tokenizer = build_chars(texts, file=str(folder / "chars.json"))
-    reader, totals = Reader(files, log=lambda line: log(f"data: {line}"), bar=False), Totals()
+    reader, totals = Reader(files), Totals()
     with IndexedWriter(folder / "corpus", dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
         write_documents(
             reader, writers={key: writer}, tokenizer=tokenizer, append_eod=tokenizer.eod is not None, totals=totals

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> list[str]:
         rule = f"{totals.bad} lines were skipped before the command ended, the first: {totals.bad_lines[0]}"
         remedy = f"allow as many, or begin anew: remove {journal.path}"
         raise UserError(Problem(f"--max-bad-lines {options.max_bad_lines}", rule, remedy))
-    reader = Reader(files, log=_to_stderr, bar=sys.stderr.isatty(), before=totals)
+    reader = Reader(files, before=totals)
     dtype = optimal_dtype(tokenizer.vocab_size)
-    with closing(reader), ExitStack() as stack:
+    with ExitStack() as stack:
         writers = {
             key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key)))
             for key, prefix in prefixes.items()
