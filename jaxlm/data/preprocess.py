@@ -73,21 +73,14 @@ def run(options: argparse.Namespace) -> list[str]:
     reader = Reader(files, before=totals)
     dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key)))
-            for key, prefix in prefixes.items()
-        }
+        opened = ((key, IndexedWriter(prefix, dtype=dtype, resume=marks.get(key))) for key, prefix in prefixes.items())
+        writers = {key: stack.enter_context(writer) for key, writer in opened}
         try:
             write_documents(
-                reader,
-                writers=writers,
-                tokenizer=tokenizer,
-                append_eod=options.append_eod,
-                totals=totals,
-                workers=options.workers,
-                max_bad_lines=options.max_bad_lines,
+                reader, writers=writers, tokenizer=tokenizer, append_eod=options.append_eod,
+                totals=totals, workers=options.workers, max_bad_lines=options.max_bad_lines,
                 on_shard=lambda: journal.write(totals, {key: writer.flush() for key, writer in writers.items()}),
-            )
+            )  # fmt: skip
         except BaseException:
             if (kept := journal.read()[0]).chunks:
                 _to_stderr(f"{kept.text_bytes / 1e6:.1f} MB of text are done: the same command goes on from there")
@@ -121,16 +114,16 @@ class Journal:
 
 
 def _check(options: argparse.Namespace) -> None:
-    keys = options.json_keys
+    keys, workers, bad = options.json_keys, options.workers, options.max_bad_lines
     rules = (
-        (options.workers >= 1, f"--workers {options.workers}", "must be at least 1"),
-        (options.max_bad_lines >= 0, f"--max-bad-lines {options.max_bad_lines}", "must be at least 0"),
+        (workers >= 1, f"--workers {workers}", "must be at least 1"),
+        (bad >= 0, f"--max-bad-lines {bad}", "must be at least 0"),
         (
             all(key and "/" not in key for key in keys),
             f"--json-keys {keys}",
-            "name files: none is empty or has a slash",
+            "are parts of file names: no slash, none empty",
         ),
-        (len(set(keys)) == len(keys), f"--json-keys {' '.join(keys)}", "names a key twice"),
+        (len(set(keys)) == len(keys), f"--json-keys {keys}", "names a key twice"),
     )
     if problems := [Problem(where, rule, "mend the option") for holds, where, rule in rules if not holds]:
         raise UserError(*problems)
