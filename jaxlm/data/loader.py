@@ -136,8 +136,9 @@ class Loader:
     def _starts(self, rows: Batch) -> np.ndarray:
         """Where each position's document starts: after the last `eod` before it, or where its span does."""
         B, T = rows.tokens.shape
-        # counted in a sample; where a row begins within one, so does a document
-        starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
+        starts_BT = rows.starts
+        if self.samples.seq_len > T:  # they are counted in a sample; where a row begins within one, so does a document
+            starts_BT = np.maximum(starts_BT - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
         after = np.where(rows.tokens[:, :-1] == self.eod, np.arange(1, T, dtype=np.int32), 0)
         starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
         return starts_BT
