@@ -12,7 +12,12 @@ APPLIES = (
     ("mesh.zero", lambda c: c.mesh.fsdp != 1 or c.mesh.rules, "mesh.fsdp above 1"),
     *(
         (f"pipeline.{key}", lambda c: c.mesh.pipeline != 1, "mesh.pipeline above 1")
-        for key in ("schedule", "microbatches", "repeats", "stage_layers")
+        for key in ("schedule", "microbatches", "repeats", "stage_layers", "in_place")
+    ),
+    (
+        "pipeline.in_place",
+        lambda c: c.pipeline.schedule == "1f1b",
+        "pipeline.schedule=1f1b: others keep all activations",
     ),
     ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
@@ -177,7 +182,7 @@ def _check_run(config: Config, rule: Any) -> None:
         o.warmup_steps < t.num_steps or o.warmup_steps == 0,
         "optim.warmup_steps",
         f"leaves no step of train.num_steps={t.num_steps} at the peak",
-        f"use {max(t.num_steps // 10, 0)}",
+        f"use {t.num_steps // 10}, or a train.num_steps above {o.warmup_steps}",
     )
     rule(
         o.schedule != "inverse_sqrt" or o.warmup_steps > 0,

@@ -8,19 +8,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxlm.data.loader import Loader
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
-from jaxlm.step import Program, StepMetrics, TrainState, abstract_batch, compile_eval, compile_step
+from jaxlm.parallel.replicas import rehearse
+from jaxlm.step import Program, StepMetrics, TrainState, abstract_batch, all_finite, compile_eval, compile_step
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The step and the evaluation as programs, the seconds they took, the bytes a device needs for the larger of them
-    (None where XLA does not say), and the collectives of a step."""
+    """The step, the evaluation and whether parameters are finite as programs, the seconds they took, the bytes a device needs
+    for the larger of the first two (None where XLA does not say), and the collectives of a step."""
 
     step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
     evaluate: Callable[[Any, Any], Any]
+    all_finite: Callable[[Any], Any]
     seconds: float
     memory_bytes: int | None
     collectives: list[Collective]
@@ -33,13 +37,16 @@ def build(
     *,
     during: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Compiled:
-    """Compiles before the first step what the first and the last one need, and the evaluation: a run whose batches keep
-    their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
+    """Compiles before the first step what the first and the last one, evaluations, saves and checks need: a run whose batches
+    keep their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
     begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
     first, last = (loader.shape(step) for step in (0, train.num_steps - 1))
     steps = {shape: jitted.lower(state, abstract_batch(program, shape)).compile() for shape in {first, last}}
     whole = abstract_batch(program, (train.batch_size, train.seq_len))
     evaluate = compile_eval(program).lower(state.params, whole).compile()
+    finite = jax.jit(all_finite).lower(state.params).compile()
+    if train.sdc_check_every:
+        rehearse(state)
     step = steps[last]
     needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
@@ -53,7 +60,7 @@ def build(
                 steps[shape] = jitted.lower(state, batch).compile()
         return steps[shape](state, batch)
 
-    return Compiled(by_shape, evaluate, time.monotonic() - begin, max(known, default=None), found)
+    return Compiled(by_shape, evaluate, finite, time.monotonic() - begin, max(known, default=None), found)
 
 
 def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 
@@ -91,7 +92,14 @@ class PipelineConfig:
     )
     microbatches: int = setting(0, "pieces of a batch that follow one another through the stages (0: 4 a stage)")
     repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
+    in_place: bool = setting(
+        False, "with 1f1b: activations are kept where they are made, not copied; compiles several times as long"
+    )
     stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
+
+    def pieces(self, stages: int) -> int:
+        """Microbatches that follow one another through `stages` stages."""
+        return self.microbatches or 4 * stages
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,17 @@ class Config:
     log: LogConfig = LogConfig()
 
 
+class Exit(IntEnum):
+    """Exit codes of every command: 0 done, 1 an error that nobody foresaw, and these."""
+
+    SETUP = 2  # settings or environment, for the user to mend
+    UNUSABLE = 3  # no usable checkpoint, lock or peers; or the last save failed
+    DIVERGED = 4
+    PREEMPTED = 75  # saved: start me again
+    WATCHDOG = 124
+    INTERRUPTED = 130  # saved, but for a second Ctrl-C
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing for the user to mend: where it is, which rule it breaks, what to do."""
@@ -257,7 +276,7 @@ class Problem:
 class UserError(ValueError):
     """Something the user can mend; printed as three lines a problem, without a traceback."""
 
-    def __init__(self, *problems: Problem, exit_code: int = 2):
+    def __init__(self, *problems: Problem, exit_code: int = Exit.SETUP):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
         self.exit_code = exit_code

@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
@@ -24,7 +22,7 @@ from jaxlm.session import (
     restore_params,
     with_vocabulary,
 )
-from jaxlm.settings import Parser, run_main
+from jaxlm.settings import Parser, progress_bar, run_main
 from jaxlm.step import compile_eval, feed
 
 
@@ -52,11 +50,10 @@ def evaluate(
         loader = evaluation_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer)
         program = open_tool_program(config, plain=False)
         restored = restore_params(program, workdir, step)
-        steps = tqdm(
-            range(loader.num_batches or 0), desc="evaluating", unit="batch", disable=None
-        )  # None: if a terminal
-        batches = (feed(program, loader, i) for i in steps)
-        result = evaluate_batches(compile_eval(program), restored.state, batches)
+        count = loader.num_batches or 0
+        batches = (feed(program, loader, i) for i in range(count))
+        with progress_bar(count, "evaluating", " batches") as bar:
+            result = evaluate_batches(compile_eval(program), restored.state, batches, seen=bar.update)
     perplexity = math.exp(min(result.loss, 700))
     return dict(step=restored.step, eval_loss=result.loss, perplexity=perplexity, tokens=result.tokens)
 

@@ -19,10 +19,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
-EXIT_PREEMPTED, EXIT_WATCHDOG, EXIT_INTERRUPTED = 75, 124, 130
 STACKS_FILE = "stacks.txt"
+AGAIN_S = 1.0  # a Ctrl-C that follows faster is the same one: `timeout` signals its child, and then the child's group
 TICK_S = 0.5  # how often the watchdog looks
 NET_S = 3.0  # how long after the watchdog the net below it ends the process
 FILE_S = 2.0  # how long writing the stacks to the workdir may take
@@ -67,7 +67,8 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; a second Ctrl-C leaves at once."""
+    """SIGTERM and Ctrl-C ask the loop to save and leave, with 75 and 130; one more, a second later, makes the
+    watchdog leave at once."""
 
     def __init__(self, note: Callable[[str], None]):
         self.exit_code: int | None = None
@@ -83,8 +84,8 @@ class StopSignals:
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.exit_code is not None:
-            os._exit(EXIT_INTERRUPTED)
-        self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
+            return  # for the watchdog's thread, which sees it also where the main thread is stuck
+        self.exit_code = Exit.PREEMPTED if number == signal.SIGTERM else Exit.INTERRUPTED
         self._note(f"{signal.Signals(number).name}: saving after this step (Ctrl-C: leave at once)")
 
 
@@ -173,9 +174,9 @@ class Watchdog:
     def _count(self, numbers: bytes) -> None:
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
+                if number == signal.SIGINT and self._asked and time.monotonic() - self._asked_s >= AGAIN_S:
+                    os._exit(Exit.INTERRUPTED)
                 self._asked_s = self._asked_s or time.monotonic()
-                if number == signal.SIGINT and self._asked:
-                    os._exit(EXIT_INTERRUPTED)
                 self._asked.append(number)
 
     def _end(self, why: str) -> None:
@@ -186,7 +187,7 @@ class Watchdog:
         writer.join(FILE_S)  # the folder may be what hangs
         os.write(2, text.encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
-        os._exit(EXIT_WATCHDOG)
+        os._exit(Exit.WATCHDOG)
 
     def _write(self, text: str) -> None:
         with open(self._folder / STACKS_FILE, "w") as file:

@@ -61,7 +61,7 @@ def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
 def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tuple[Schedule, Stages]:
     """Who works on what when, and which layers are where: needs no device. Raises UserError with every rule it breaks."""
     P, settings, model, train = num_stages, config.pipeline, config.model, config.train
-    M, R = settings.microbatches or 4 * P, settings.repeats
+    M, R = settings.pieces(P), settings.repeats
     counts = settings.stage_layers or cut(model.num_layers, stages=P, repeats=R)
     problems = []
 
@@ -86,7 +86,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
     if problems:
         raise UserError(*problems)
-    return Schedule(settings.schedule, P, M, R), Stages(P, R, tuple(counts))
+    return Schedule(settings.schedule, P, M, R, settings.in_place), Stages(P, R, tuple(counts))
 
 
 def slot_dims(pipe: Pipeline, dims: dict) -> dict:

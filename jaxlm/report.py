@@ -1,7 +1,7 @@
 """The report of a run: report.md, loss.png and summary.json from what its workdir holds.
 
 `python -m jaxlm.report WORKDIR` works on a finished run, a killed one and one in progress, and may be repeated: what
-only the training process knew (a sample of the model's writing, how the run ended) is kept in summary.json.
+only the training process knew, a sample of the model's writing, is kept in summary.json.
 """
 
 from __future__ import annotations
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 RAW, SMOOTH, EVAL, GRAD, INK = "#b9cde6", "#1f4e8c", "#d1495b", "#d9b382", "#333333"
 GRAD_INK = "#9c6b26"
 SMOOTH_FROM_POINTS = 20
-TRAINED = {
-    "model": "preset num_layers embed_dim num_heads num_kv_heads mlp_dim vocab_size position norm activation dtype",
-    "data": "path train eval split tokenizer",
-    "mesh": "pipeline data fsdp context model",
-    "train": "num_steps batch_size seq_len accumulate seed",
-    "optim": "name peak_lr schedule warmup_steps weight_decay",
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,6 @@ class Run:
     records: Sequence[Mapping[str, Any]]
     results: Summary
     sample: Mapping[str, Any] | None  # {"step", "text"}
-    outcome: Mapping[str, Any] | None
     checkpoint_steps: Sequence[int]
     time: Account | None
 
@@ -74,15 +66,13 @@ class Run:
         return None if mfu is None or not full or not causal else mfu * causal / full
 
 
-def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Mapping[str, Any] | None = None) -> Path:
+def write_report(workdir: str | Path, *, sample: str | None = None) -> Path:
     """Writes summary.json, loss.png and report.md into the workdir, each atomically; returns the path of report.md.
 
-    sample: text the model wrote, after its prompt. outcome: facts about how the run ended, name -> number or string,
-    shown as they are. Without them the ones of the previous summary.json stand; an outcome only while the run has not
-    gone on since.
+    sample: text the model wrote, after its prompt; without it the one of the previous summary.json stands.
     Raises: UserError if the workdir holds no run or no metrics yet.
     """
-    run = _read_run(Path(workdir), sample=sample, outcome=outcome)
+    run = _read_run(Path(workdir), sample=sample)
     summary = json.dumps(_summary(run), indent=2, allow_nan=False) + "\n"
     files = {"loss.png": _picture(run), "summary.json": summary.encode(), "report.md": _markdown(run).encode()}
     for name, data in files.items():
@@ -92,7 +82,7 @@ def write_report(workdir: str | Path, *, sample: str | None = None, outcome: Map
     return run.workdir / "report.md"
 
 
-def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] | None) -> Run:
+def _read_run(workdir: Path, *, sample: str | None) -> Run:
     config = _read_json(workdir / "config.json")
     if config is None:
         rule = "no readable config.json: this is not the workdir of a run" if workdir.is_dir() else "no such folder"
@@ -103,7 +93,6 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         raise UserError(Problem(str(workdir), rule, "wait for the first logged step, or rerun the training command"))
     results = summarize(records)
     previous = _read_json(workdir / "summary.json") or {}
-    has_gone_on = (previous.get("results") or {}).get("step") != results.step
     return Run(
         workdir=workdir,
         settings=dict(flatten(config.get("config", {}))),
@@ -112,7 +101,6 @@ def _read_run(workdir: Path, *, sample: str | None, outcome: Mapping[str, Any] |
         records=records,
         results=results,
         sample={"step": results.step, "text": sample} if sample is not None else previous.get("sample"),
-        outcome=previous.get("outcome") if outcome is None and not has_gone_on else outcome,
         checkpoint_steps=sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()),
         time=read_account(workdir),
     )
@@ -126,7 +114,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    """What summary.json holds: results (losses exact, null if not measured), facts, settings, sample and outcome."""
+    """What summary.json holds: results (losses exact, null if not measured), facts, settings and sample."""
     content = {
         "results": dataclasses.asdict(run.results),
         "finished": run.is_finished,
@@ -137,7 +125,6 @@ def _summary(run: Run) -> dict[str, Any]:
         "run": run.facts,
         "changed_settings": {name: run.settings.get(name) for name in run.chosen},
         "sample": run.sample,
-        "outcome": run.outcome,
     }
     return to_json_values(content)
 
@@ -150,7 +137,6 @@ def _markdown(run: Run) -> str:
     sections = {
         "Result": f"{table(('', ''), _result_rows(run))}\n\n{convention}",
         "Where the time went": _time_table(run.time) if run.time else None,
-        "What was trained": table(("", ""), _trained_rows(run)),
         "What it ran on": table(("", ""), facts) if facts else "Not recorded.",
         "Settings that differ from the default": settings,
     }
@@ -191,8 +177,7 @@ def _result_rows(run: Run) -> list[tuple[str, str]]:
         ("MFU, median", _mfu_cell(run), str),
         ("checkpoints", run.checkpoint_steps or None, lambda steps: ", ".join(f"{step:,}" for step in steps)),
     ]
-    outcome = [(plain(str(name)), code(value)) for name, value in (run.outcome or {}).items()]
-    return [(name, show(value)) for name, value, show in rows if value is not None] + outcome
+    return [(name, show(value)) for name, value, show in rows if value is not None]
 
 
 def _loss_cell(point: Point) -> str:
@@ -211,16 +196,6 @@ def _time_table(time: Account) -> str:
     spent = [(PHASES[phase], spent_s) for phase, spent_s in time.spent_s.items() if spent_s >= 0.05]
     rows = [(words, f"{spent_s:,.1f} s", f"{spent_s / time.wall_s:.1%}") for words, spent_s in spent]
     return table(("", "time", "share"), [*rows, (time.since, duration_text(time.wall_s), "")])
-
-
-def _trained_rows(run: Run) -> list[tuple[str, str]]:
-    """Model, data, mesh, training and optimizer in a row each."""
-    rows = []
-    for section, keys in TRAINED.items():
-        values = {key: run.settings.get(f"{section}.{key}") for key in keys.split()}
-        text = ", ".join(f"{plain(key)} {code(value)}" for key, value in values.items() if value not in (None, [], ""))
-        rows.append((section, text or "not recorded"))
-    return rows
 
 
 def _again(command: str | Sequence[str] | None) -> str:
@@ -283,25 +258,18 @@ def _draw_loss(axes: Axes, run: Run) -> None:
 
 
 def _plain_log_axis(axes: Axes, values: np.ndarray, *, most_ticks: int) -> None:
-    """A logarithmic y axis over values > 0; its ticks are the roundest numbers that fit, written plainly."""
-    if not len(values):
-        return
-    low, high = values.min(), values.max()
-    margin = (high / low) ** 0.04 if high > low else 1.02
-    low, high = low / margin, high * margin
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    apart = math.log(high / low) / most_ticks
-    ticks: list[float] = []
-    for step in (9, 4, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):  # 1; 1 5; 1 3 5 7 9; 1 2 3 ...: each finer than the last
-        for tick in ((1 + step * index) * 10.0**decade for decade in decades for index in range(int(9 / step) + 1)):
-            if low <= tick <= high and all(abs(math.log(tick / other)) >= apart for other in ticks):
-                ticks.append(tick)
-        if len(ticks) >= most_ticks * 2 / 3:
-            break
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.set_yticks(ticks, [f"{tick:.4g}" for tick in ticks])
-    axes.minorticks_off()
+    """A logarithmic y axis over values > 0; its ticks are round numbers, written plainly."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if len(values):
+        low, high = values.min(), values.max()
+        margin = (high / low) ** 0.04 if high > low else 1.02
+        axes.set_yscale("log")
+        axes.set_ylim(low / margin, high * margin)
+        near = MaxNLocator(most_ticks, steps=[1, 2, 5, 10])
+        axes.yaxis.set_major_locator(near if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=most_ticks))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.minorticks_off()
 
 
 def _draw_lr_and_grad_norm(axes: Axes, run: Run) -> None:

@@ -7,30 +7,33 @@ loss.png, summary.json, and stacks.txt where the watchdog ended it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxlm.checkpoint import restore
+from jaxlm.checkpoint.manifest import Manifest
+from jaxlm.checkpoint.restore import Restored, newest_manifest, restore
 from jaxlm.checks import ignored
 from jaxlm.config import Config, MeshConfig, PipelineConfig, Problem, UserError, get
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.models.kernels import choose_attention
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.settings import SCHEMA, Resolved, from_json
-from jaxlm.step import Program, abstract_state, make_program
+from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
+from jaxlm.step import Program, abstract_state, chosen_attention, make_program
+
+AHEAD = 2  # batches of an evaluation in flight
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -68,8 +71,7 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    attention = choose_attention(config.model, layout.platform, documents=config.data.separates)
-    refuse_nondeterministic(config, attention.kernel.name)
+    chosen_attention(config, layout)
     for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
         choose_context(layout, config.model, length)
         layout.check_divides("a row", (length,), ("residual",))
@@ -119,8 +121,7 @@ def _fits(mesh: MeshConfig) -> bool:
 def attention_facts(program: Program) -> dict[str, str]:
     """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
     model, layout = program.config.model, program.layout
-    documents = program.config.data.separates
-    facts = {"attention": str(choose_attention(model, layout.platform, documents=documents))}
+    facts = {"attention": str(chosen_attention(program.config, layout))}
     if layout.split("seq"):
         facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
     return facts
@@ -141,15 +142,6 @@ def use_device_settings(config: Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def refuse_nondeterministic(config: Config, kernel: str) -> None:
-    """Raises UserError where train.deterministic is asked of an attention `kernel` that can not keep it."""
-    if config.train.deterministic and kernel == "cudnn":
-        rule = "XLA loses cuDNN's attention when it is to be deterministic (openxla/xla, pull request 46500)"
-        raise UserError(
-            Problem("train.deterministic=True", rule, "set model.attention=xla, or train.deterministic=False")
-        )
-
-
 def check_accelerator() -> None:
     """Raises UserError where an NVIDIA GPU is present and jax can't use it; JAX_PLATFORMS=cpu says that it is meant."""
     gpus = (
@@ -166,10 +158,10 @@ def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     return load_tokenizer(f"chars:{made}" if config.data.tokenizer == "chars" else config.data.tokenizer)
 
 
-def restore_params(program: Program, workdir: Path, step: int | None) -> restore.Restored:
+def restore_params(program: Program, workdir: Path, step: int | None) -> Restored:
     """Parameters of checkpoint `step`, or of the newest, on the program's devices. UserError if there is none."""
     like = abstract_state(program).params
-    found = restore.restore_params(workdir / "checkpoints", to_layers(program.pipe, like), step=step)
+    found = restore(workdir / "checkpoints", to_layers(program.pipe, like), step=step, part="params")
     return dataclasses.replace(found, state=from_layers(program.pipe, found.state, like))
 
 
@@ -181,23 +173,36 @@ class Evaluation:
     tokens: int
 
 
-def evaluate_batches(eval_fn: Callable, params: object, batches: Iterable[Batch]) -> Evaluation:
-    """The mean over `batches` on devices; the device is read once, at the end."""
-    sums = [eval_fn(params, batch) for batch in batches]
-    nats, tokens = (float(np.asarray(jax.device_get(part), np.float64).sum()) for part in zip((0, 0), *sums))
+def evaluate_batches(
+    eval_fn: Callable, params: object, batches: Iterable[Batch], *, seen: Callable[[], object] = lambda: None
+) -> Evaluation:
+    """The mean over `batches`. Each is read AHEAD batches after it was dispatched, and `seen` is called then: neither do
+    batches pile up on the devices, nor do these wait."""
+    sums, ahead = [], deque()
+    for batch in batches:
+        ahead.append(eval_fn(params, batch))
+        if len(ahead) > AHEAD:
+            sums.append(jax.device_get(ahead.popleft()))
+            seen()
+    nats, tokens = (math.fsum(map(float, part)) for part in zip((0, 0), *sums, *jax.device_get([*ahead])))
     return Evaluation(nats / max(tokens, 1), int(tokens))
 
 
 def load_config(workdir: Path) -> Config:
-    """The resolved settings of a run. Raises UserError if `workdir` is none."""
-    path = workdir / "config.json"
-    try:
-        return from_json(path.read_text())
-    except FileNotFoundError as e:
-        problem = Problem(f"--workdir={workdir}", "has no config.json: it is not a run", "name a run's folder")
-        raise UserError(problem) from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(Problem(str(path), f"can't be read: {e}", "mend it, or name another run's folder")) from e
+    """The settings that a run's newest checkpoint was made with. Raises UserError if there is none."""
+    found = newest_manifest(workdir / "checkpoints")
+    if found is None:
+        rule = "has no checkpoint: it is not a run, or one that has not saved yet"
+        raise UserError(Problem(f"--workdir={workdir}", rule, "name a run's folder"))
+    return made_with(found, lambda text: print(text, file=sys.stderr))
+
+
+def made_with(found: Manifest, note: Callable[[str], object]) -> Config:
+    """The settings of a checkpoint. Says which of them there are no more."""
+    values = dict(flatten(found.metadata["config"]))
+    for gone in sorted(values.keys() - SCHEMA.keys()):
+        note(f"step {found.step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
+    return from_values(values, f"step {found.step}")
 
 
 def preflight(workdir: Path) -> None:

@@ -2,30 +2,34 @@
 
 A config file is Python: `get_config(arg)` returns an `ml_collections.ConfigDict` holding only what it changes. Values are
 layered default < preset < file < command line, typed by the dataclasses of `jaxlm.config`, and checked; all problems are
-raised together. A config file is code and is run: use files you trust. config.json in a workdir is data and is not run.
+raised together. A config file is code and is run: use files you trust. What a run keeps of its settings is data and is not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import runpy
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from jaxlm.checks import check, ignored
-from jaxlm.config import Config, Problem, UserError, derived, get
+from jaxlm.config import Config, Exit, Problem, UserError, derived, get
 
 PREFIX = "--config."
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -184,6 +188,12 @@ def shown(value: Any) -> str:
     )
 
 
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with the cells of `rows` under one another."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 def keys_help() -> str:
     """A table of every setting: name, type, default, what it is."""
     lines = ["settings (--config.SECTION.KEY=VALUE):"]
@@ -242,6 +252,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(Problem(f"{self.prog}", message, remedy))
 
 
+@contextlib.contextmanager
+def warnings_to(note: Callable[[str], object]) -> Iterator[None]:
+    """What the rooms of jaxlm log goes to `note`, as lines of the program among its others."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(f"{record.levelname}: {record.getMessage()}")
+
+    logger = logging.getLogger("jaxlm")
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Told(logging.WARNING)], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before
+
+
+def progress_bar(total: int, what: str, unit: str, **more: Any) -> tqdm:
+    """On a terminal a bar that goes away; elsewhere a line every ten seconds, and none if all is done before the first."""
+    line = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {elapsed}, {remaining} left{postfix}\n"
+    more |= {} if sys.stderr.isatty() else dict(delay=10, mininterval=10, miniters=1, bar_format=line)
+    return tqdm(total=total, desc=what, unit=unit, leave=False, **more)
+
+
 def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     """Exits with what `main(arguments)` returns; a UserError is printed as its three lines and gives its exit code.
 
@@ -249,13 +283,14 @@ def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     wait for a device that failed.
     """
     try:
-        code = main(sys.argv[1:])
+        with warnings_to(partial(print, file=sys.stderr)):
+            code = main(sys.argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = Exit.INTERRUPTED
     except Exception:
         sys.stdout.flush()
         traceback.print_exc()
@@ -270,16 +305,12 @@ def to_json(resolved: Resolved, run: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=1) + "\n"
 
 
-def from_json(text: str) -> Config:
-    """The Config that `to_json` wrote. Raises UserError if it is damaged or this version has no such setting or type."""
+def from_values(values: Mapping[str, Any], source: str) -> Config:
+    """The Config with these values of "section.key", all others their defaults. Raises UserError if one is none of a key."""
     problems: list[Problem] = []
     given: dict[str, tuple[Any, str]] = {}
-    try:
-        tree = json.loads(text)["config"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(Problem("config.json", f"is damaged: {e}", "restore it, or use another --workdir")) from e
-    for path, value in flatten(tree):
-        _accept(given, problems, path, value, "config.json", typed)
+    for path, value in values.items():
+        _accept(given, problems, path, value, source, typed)
     if problems:
         raise UserError(*problems)
     return _build({path: (key.default, "default") for path, (_, key) in SCHEMA.items()} | given)

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch, Loader
 from jaxlm.models.gpt import GPT, init_block
+from jaxlm.models.kernels import Choice, choose_attention
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
@@ -108,7 +109,9 @@ class Program:
 
 def make_program(config: Config, layout: Layout) -> Program:
     """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
-    abstract = nnx.eval_shape(lambda: GPT(config.model, jax.random.key(0), layout))
+    kernel = chosen_attention(config, layout).kernel  # a layer does not know all that decides
+    built = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel.name))
+    abstract = nnx.eval_shape(lambda: GPT(built.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)
     params = {".".join(map(str, path)): Declared(v.shape, v.dims, v.size * v.dtype.itemsize) for path, v in flat}
@@ -117,13 +120,20 @@ def make_program(config: Config, layout: Layout) -> Program:
     choose_context(layout, config.model, config.train.seq_len)
     dims = _unflatten({path: variable.dims for path, variable in flat})
     roles = _unflatten({path: variable.role for path, variable in flat})
-    pipe = make_pipeline(config, layout)
+    pipe = make_pipeline(built, layout)
     if pipe is not None:
         dims = slot_dims(pipe, dims)
         roles |= {"layers": {j: roles["layers"][0] for j in range(pipe.stages.num_slots)}}
     schedule = make_schedule(config.optim, config.train.num_steps)
     optimizer = make_optimizer(config.optim, schedule=schedule, roles=roles, dims=dims)
     return Program(config, layout, graph, dims, roles, schedule, optimizer, pipe)
+
+
+def chosen_attention(config: Config, layout: Layout) -> Choice:
+    """What attention runs on, and why. Raises UserError if a kernel that the config names refuses."""
+    return choose_attention(
+        config.model, layout.platform, documents=config.data.separates, deterministic=config.train.deterministic
+    )
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:
@@ -258,7 +268,6 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     return TrainState(state.step + 1, params, opt_state, skipped, streak, recent), metrics
 
 
-@jax.jit
 def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 

@@ -25,11 +25,11 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Config, Problem, UserError
+from jaxlm.config import Config, Exit, Problem, UserError
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.generate import write_sample
-from jaxlm.guards import EXIT_PREEMPTED, Closing, StopSignals, Watchdog, explained
+from jaxlm.guards import Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
@@ -40,31 +40,38 @@ from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
-from jaxlm.resume import compare_data, compare_with_last_start, owes_evaluation
+from jaxlm.resume import last_made, owes_evaluation
 from jaxlm.session import (
     evaluate_batches,
     open_mesh,
-    open_program,
     open_tool_program,
     preflight,
     restore_params,
     use_device_settings,
     with_corpus,
 )
-from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
+from jaxlm.settings import (
+    Parser,
+    Resolved,
+    keys_help,
+    load_file,
+    resolve,
+    run_main,
+    split_overrides,
+    to_json,
+    warnings_to,
+)
 from jaxlm.step import (
     Program,
     StepMetrics,
     TrainState,
     abstract_state,
-    all_finite,
     feed,
     init_state,
+    make_program,
     with_recent,
     without_recent,
 )
-
-EXIT_NOT_SAVED, EXIT_DIVERGED = 3, 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -94,21 +101,26 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         earlier = read_account(workdir)
         train, before_s = config.train, earlier.running_s if earlier else 0
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
+        stack.enter_context(warnings_to(progress.note))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
-        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect))
+        ledger = stack.enter_context(
+            Ledger(workdir, on_enter=watchdog.expect, may_write=lambda: not (lock and lock.lost))
+        )
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
-        compare_with_last_start(config, workdir, progress.note)
-        open_mesh(config)
+        layout, made = open_mesh(config), last_made(workdir, progress.note)
+        if made is not None:
+            made.compare_settings(config, layout.mesh.shape, progress.note)
         corpus = open_corpus(config, workdir, progress.note)
         resolved = with_corpus(resolved, corpus, progress.note)
         config = resolved.config
-        compare_data(config, workdir, corpus.fingerprints)
-        program = open_program(config)
+        if made is not None:
+            made.compare_data(config, corpus.fingerprints, progress.note)
+        program = make_program(config, layout)
         loader = training_loader(config, corpus)
         held_out = evaluation_loaders(config, corpus, progress.note)
         store = stack.enter_context(open_store(config, workdir, lock))
-        ledger.enter("restore")
+        ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
         state, start = resume_or_begin(program, store, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(held_out)
         if start >= config.train.num_steps and not owed:
@@ -136,9 +148,10 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             state, code = loop.run(state, start, owed=owed)
         except UserError:
             ledger.enter("end")
-            log.flush()
-            ledger.flush()
-            note_report(workdir, progress.note)
+            if not (lock and lock.lost):  # else the folder is another run's
+                log.flush()
+                ledger.flush()
+                note_report(workdir, progress.note)
             raise
         ledger.enter("end")
         finish(program, state, corpus, workdir, code, progress.note)
@@ -193,7 +206,7 @@ class Loop:
     ledger: Ledger
     made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
     _evaluated: tuple[int, Mapping[str, float]] = field(default=(0, {}), init=False)
-    _pending: tuple[int, StepMetrics, float] | None = field(default=None, init=False)
+    _pending: tuple[int, StepMetrics] | None = field(default=None, init=False)
 
     def run(self, state: TrainState, start: int, *, owed: bool = False) -> tuple[TrainState, int]:
         """Steps start+1 .. train.num_steps. Returns the last state and the exit code.
@@ -218,11 +231,11 @@ class Loop:
             self.meter.start(time_s=time.monotonic())
             last = done == train.num_steps or self.stop.exit_code is not None
             while not last:  # what was asked once the loop has looked is met by the next step, with its save
-                batch, wait_s = self._next(batches, done, state)
+                batch = self._next(batches, done, state)
                 state, metrics = self._step(done + 1, state, batch)
                 done += 1
                 self._read_pending()
-                self._pending = (done, metrics, wait_s)
+                self._pending = (done, metrics)
                 evaluates = train.evaluates_after(done) and self.stop.exit_code is None
                 if evaluates:
                     self._read_pending()
@@ -240,13 +253,14 @@ class Loop:
         self.store.wait()
         self._announce_commits()
         saved = done == 0 or self.store.committed_step == done
-        return state, (self.stop.exit_code or 0) if saved else EXIT_NOT_SAVED
+        return state, (self.stop.exit_code or 0) if saved else Exit.UNUSABLE
 
-    def _next(self, batches: Prefetch, done: int, state: TrainState) -> tuple[Any, float]:
+    def _next(self, batches: Prefetch, done: int, state: TrainState) -> Any:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
         self.ledger.enter("data wait", step=done)
         try:
-            batch = next(batches)
+            batch, wait_s = next(batches)
+            self.meter.wait(wait_s)
             self.ledger.enter("step")
             return batch
         except UserError:
@@ -270,18 +284,18 @@ class Loop:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
         if self._pending is None:
             return
-        (step, metrics, wait_s), self._pending = self._pending, None
+        (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         config = self.program.config
         tokens = self.loader.tokens_before(step)
         of_step = tokens - self.loader.tokens_before(step - 1)
-        self.meter.step(time_s=time.monotonic(), data_wait_s=wait_s, tokens=of_step)
+        self.meter.step(time_s=time.monotonic(), tokens=of_step)
         skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
             record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
-            self.log.write(record)
+            self._write(record)
             self.progress.update(record)
         if streak:
             shown = f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
@@ -295,19 +309,20 @@ class Loop:
                     f"{streak} updates in a row were dropped; the last good update was step {step - streak}",
                     f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}",
                 ),
-                exit_code=EXIT_DIVERGED,
+                exit_code=Exit.DIVERGED,
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """The loss on every set, each by its name, and eval_loss over the tokens of all."""
-        self.ledger.enter("evaluate", step=step)
+        seen = partial(self.ledger.enter, "evaluate", step=step)  # which the watchdog hears
+        seen()
         found = {}
         for name, held_out in self.held_out.items():
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
             unasked = itertools.takewhile(lambda _: self.stop.exit_code is None, range(count))
             rows = (feed(self.program, held_out, i) for i in unasked)
-            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows)
+            found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows, seen=seen)
             if self.stop.exit_code is not None:
                 return
             of = f" of {name}" if name else ""
@@ -317,15 +332,20 @@ class Loop:
             mean = sum(result.loss * (result.tokens / tokens) for result in found.values())
             losses = {"eval_loss": mean} | {f"eval_loss_{name}": result.loss for name, result in found.items() if name}
             self._evaluated = (step, losses)
-            self.log.write({"step": step} | losses)
+            self._write({"step": step} | losses)
+
+    def _write(self, record: dict) -> None:
+        """A line of metrics.jsonl, while the folder is this run's."""
+        self.store.check_lock()
+        self.log.write(record)
 
     def _save(self, step: int, state: TrainState) -> None:
         self.ledger.enter("save", step=step)
-        self.log.flush()
-        if not jax.device_get(all_finite(state.params)):
+        self.log.settle()
+        if not jax.device_get(self.compiled.all_finite(state.params)):
             rule = "an update made parameters infinite or not a number: the state is not saved"
             remedy = f"lower optim.peak_lr; the newest checkpoint is {self.store.committed_step}"
-            raise UserError(Problem(f"step {step}", rule, remedy), exit_code=EXIT_DIVERGED)
+            raise UserError(Problem(f"step {step}", rule, remedy), exit_code=Exit.DIVERGED)
         evaluated, losses = self._evaluated
         facts = {"tokens": self.loader.tokens_before(step), "metrics": losses if evaluated == step else {}}
         self.store.save(step, as_saved(self.program, state), metadata=self.made_with | facts | without_recent(state)[1])
@@ -351,7 +371,7 @@ def make_meter(facts: dict) -> StepMeter:
 def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
     sample, log = None, program.config.log
-    if code == EXIT_NOT_SAVED:
+    if code == Exit.UNUSABLE:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
         note("stopped; the same command goes on from here")
@@ -361,7 +381,7 @@ def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, c
             note(f"--- the model's writing ---\n{sample}\n---")
         except UserError as e:  # the run is done and saved, whatever this says
             note(f"no sample: {e.problems[0]}")
-    if code != EXIT_PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
+    if code != Exit.PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
         note_report(workdir, note, sample=sample)
 
 

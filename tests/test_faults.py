@@ -1,5 +1,6 @@
 """What a run does when something breaks under it: rows, numbers, devices, disks, rights, patience."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,19 +9,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import command, final_checkpoint, make_folder, settings, start
 
 from jaxlm import train
 from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.lock import RunLock
 from jaxlm.config import UserError
 from jaxlm.data.loader import Loader
+from jaxlm.guards import Watchdog
 from jaxlm.metrics.ledger import read_account
 from jaxlm.metrics.writer import read_metrics
+from jaxlm.session import AHEAD
 
+TESTS = Path(__file__).parent
 # Eight steps of a smaller model, one compiled program for the whole file.
 SHORT = settings(
     "train.num_steps=8", "train.eval_every=0", "checkpoint.every_steps=4", "log.sample_tokens=0", "optim.warmup_steps=0",
@@ -63,8 +70,50 @@ def test_parameters_that_an_update_made_infinite_are_not_saved(folder):
     assert caught.value.exit_code == 4 and committed_steps(folder / "wild" / "checkpoints") == []
 
 
-def test_a_checkpoint_says_what_it_was_made_with(folder):
-    assert train.main(command(folder, "whole", *SHORT)) == 0
+def test_a_run_that_lost_its_folder_leaves_before_it_writes_another_line(folder, monkeypatch):
+    step, workdir = train.Loop._step, folder / "taken"
+    with contextlib.ExitStack() as other:
+
+        def losing(self, number, state, batch):
+            if number == 4:
+                other.enter_context(RunLock(workdir, force=True))
+                (workdir / "metrics.jsonl").write_text('{"step": 1, "of": "the other run"}\n')
+            return step(self, number, state, batch)
+
+        monkeypatch.setattr(train.Loop, "_step", losing)
+        with pytest.raises(UserError, match="was taken over by .*: this run writes nothing more") as caught:
+            train.main(command(folder, "taken", *SHORT))
+        assert caught.value.exit_code == 3 and committed_steps(workdir / "checkpoints") == []
+        assert read_metrics(workdir) == [{"step": 1, "of": "the other run"}]
+        assert not (workdir / "report.md").exists()
+
+
+def test_once_it_steps_a_run_compiles_nothing_more(folder, monkeypatch):
+    compiled, where, run = Counter(), ["start"], train.Loop.run
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **more: compiled.update([where[-1]] if "backend_compile" in event else [])
+    )
+
+    def looped(self, *args, **more):
+        where.append("loop")
+        ended = run(self, *args, **more)
+        where.append("end")
+        return ended
+
+    monkeypatch.setattr(train.Loop, "run", looped)
+    checks = settings(
+        "train.deterministic=true", "train.sdc_check_every=3", "train.eval_every=4", "train.skip_spikes=6"
+    )
+    assert train.main(command(folder, "steady", *SHORT, *checks)) == 0
+    assert compiled["start"] > 0 == compiled["loop"]  # of saves, evaluations, two runs of a step compared
+
+
+def test_a_checkpoint_says_what_it_was_made_with_and_an_evaluation_that_it_goes_on(folder, monkeypatch):
+    heard, expect = [], Watchdog.expect
+    monkeypatch.setattr(Watchdog, "expect", lambda self, phase: (heard.append(phase), expect(self, phase))[1])
+    assert train.main(command(folder, "whole", *SHORT, *settings("data.split=0.5,0.5"))) == 0
+    batches = 9414 // 32 // 16 + 1  # of the held-out half
+    assert heard.count("evaluate") == 1 + batches - AHEAD  # the watchdog starts anew with each that was read
     made_with = final_checkpoint(folder / "whole").metadata
     assert made_with["config"]["optim"]["peak_lr"] == 1e-2 and made_with["tokens"] == 8 * 16 * 32
     assert set(made_with["versions"]) >= {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm"}
@@ -73,6 +122,7 @@ def test_a_checkpoint_says_what_it_was_made_with(folder):
     assert "## Where the time went" in report and "steps that count" in report
     account = read_account(folder / "whole")
     assert account.starts == 1 and 0 < account.spent_s["compile"] < account.wall_s and account.spent_s["save"] > 0
+    assert account.spent_s["restore"] == 0  # there was nothing to restore
 
 
 # A run whose device never answers after step 5, or fails in it.
@@ -181,3 +231,14 @@ def test_a_folder_without_the_right_to_write_is_refused_before_anything_is_compi
         for closed in home.rglob("*"):
             closed.chmod(0o700)
         shutil.rmtree(home)
+
+
+def test_every_promise_of_the_documentation_names_tests_that_are_there():
+    text = (TESTS.parent / "docs" / "reliability.md").read_text()
+    rows = [row for row in text.splitlines() if row.startswith("|") and "`test" in row]
+    assert len(rows) > 35
+    for file, chosen in re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?", "".join(rows)):
+        (path,) = (p for p in (TESTS / file, TESTS / "checkpoint" / file) if p.is_file())
+        names = re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+        for part in chosen.strip('"').split(" or "):
+            assert any(part in name for name in names), (file, part)

@@ -1,5 +1,6 @@
 """Settings say where they came from, and everything wrong is said at once, before a device is touched."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.checkpoint.manifest import Manifest
 from jaxlm.config import UserError
 from jaxlm.models.presets import PRESETS
-from jaxlm.settings import SCHEMA, from_json, keys_help, load_file, parsed, resolve, split_overrides, to_json
+from jaxlm.session import made_with
+from jaxlm.settings import SCHEMA, flatten, from_values, keys_help, load_file, parsed, resolve, split_overrides, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {"data.path": "x.txt"}
@@ -37,7 +40,8 @@ def test_layers_are_default_preset_file_command_line_and_each_value_says_which()
     }
     assert {key: r.origin[key] for key in want} == want
     assert r.config.model.mlp_dim == 4096 and r.config.train.seq_len == 1024
-    assert from_json(to_json(r, {"devices": 1})) == r.config
+    kept = json.loads(to_json(r, {"devices": 1}))["config"]
+    assert from_values(dict(flatten(kept)), "a checkpoint") == r.config
 
 
 def test_every_problem_is_listed_at_once_with_its_remedy():
@@ -160,3 +164,10 @@ def test_config_errors_exit_2_before_a_device_is_touched():
     command = [sys.executable, "-m", "jaxlm.train", "--config", f"{ROOT}/configs/quickstart.py", "--config.train.sed=1"]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "none"}, capture_output=True, text=True)
     assert done.returncode == 2 and "did you mean train.seed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_setting_that_there_is_no_more_is_said_and_the_others_are_read():
+    said, config = [], {"train": {"seed": 5, "old_name": 1}, "optim": {"decay_roles": ["kernel"]}}
+    found = made_with(Manifest(3, 0.0, {}, {"config": config}, {}), said.append)
+    assert found.train.seed == 5 and found.optim.decay_roles == ("kernel",)
+    assert said == ["step 3 was made with train.old_name=1, which is no setting any more"]

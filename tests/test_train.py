@@ -27,7 +27,8 @@ from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.restore import restore_latest_good
 from jaxlm.config import UserError
-from jaxlm.data.indexed import IndexedWriter
+from jaxlm.data.indexed import IndexedDataset, IndexedWriter
+from jaxlm.metrics.ledger import read_account
 from jaxlm.metrics.writer import read_metrics
 from jaxlm.session import load_config, open_program
 from jaxlm.step import abstract_state, init_state, make_program
@@ -49,6 +50,7 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     assert set(steps[0]) >= {"step", "loss", "grad_norm", "lr", "tokens", "mfu"} | TIMES
+    assert all(r["data_wait_s"] <= r["step_time_s"] for r in steps)  # a wait counts where it happens
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert [r["step"] for r in records if "eval_loss" in r] == [6, 12, 18, 24]
     saved = json.loads((unbroken / "config.json").read_text())
@@ -119,7 +121,11 @@ def test_a_run_whose_newest_checkpoint_rotted_goes_back_one_and_ends_as_the_unbr
     rotten[len(rotten) // 2] ^= 4
     file.write_bytes(rotten)
     assert train.main(command(folder, "rotten")) == 0
-    assert f"resumes after step {STEPS - 3}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resumes after step {STEPS - 3}" in said
+    assert (
+        f"\nWARNING: the checkpoint of step {STEPS} is passed over\n  {newest}/" in said
+    )  # as the program's other lines
     assert numbers(folder / "rotten") == numbers(unbroken)
     assert_bitwise(final_state(folder / "rotten"), final_state(unbroken))
     assert (folder / "rotten" / "checkpoints" / "abandoned" / str(STEPS)).is_dir()
@@ -299,6 +305,9 @@ def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
     [
         (["model.embed_dim=64"], "model.embed_dim  32     64", "another --workdir"),
         (["optim.name=lion"], "optim.name  adamw  lion", "another --workdir"),
+        (["model.num_layers=3"], "model.num_layers  2      3", "another --workdir"),
+        (["model.vocab_size=300"], "model.vocab_size  257    300", "another --workdir"),
+        (["train.accumulate=1"], "train.accumulate  2      1", "resume.allow=train.accumulate"),  # and dropout
         (["train.batch_size=32"], "train.batch_size  16     32", "resume.allow=train.batch_size"),
         (["train.seed=1"], "train.seed  0      1", "resume.allow=train.seed"),
         (["optim.peak_lr=1", "optim.beta1=0"], "optim.peak_lr  0.01   1.0", "resume.allow=optim.peak_lr,optim.beta1"),
@@ -310,10 +319,16 @@ def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):
 )
 def test_a_changed_run_is_refused_by_table_before_anything_changes(folder, unbroken, overrides, row, remedy):
     (folder / "other.txt").write_text("something else entirely, " * 200)
-    before = {p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "config.json")}
+    before = {
+        p: p.read_bytes() for p in (*(unbroken / "data").iterdir(), unbroken / "metrics.jsonl", unbroken / "time.jsonl")
+    }
     more = settings(*(text.replace("OTHER", str(folder / "other.txt")) for text in overrides))
-    with pytest.raises(UserError, match="its checkpoints") as caught:
-        train.main(command(folder, "unbroken", *more))
+    (unbroken / "config.json").rename(folder / "config.json")  # what counts is what the checkpoint says
+    try:
+        with pytest.raises(UserError, match="its checkpoint of step 24 was made with") as caught:
+            train.main(command(folder, "unbroken", *more))
+    finally:
+        (folder / "config.json").rename(unbroken / "config.json")
     assert "setting" in str(caught.value) and row in str(caught.value) and remedy in str(caught.value)
     assert before == {p: p.read_bytes() for p in before}
 
@@ -344,8 +359,8 @@ def test_what_is_allowed_or_changes_nothing_is_noted_and_goes_on(folder, unbroke
     said = capsys.readouterr().out
     for text in overrides:
         key = text.partition("=")[0]
-        assert (f"changed since the last start: {key} " in said) == (key != "resume.allow")
-    assert f"already at step {STEPS}" in said
+        assert (f"changed since step 24: {key} " in said) == (key != "resume.allow")
+    assert f"already at step {STEPS}" in said and read_account(unbroken).starts == 1
 
 
 def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, capsys):
@@ -357,6 +372,7 @@ def test_a_token_set_that_changed_under_its_name_is_refused(folder, unbroken, ca
             train.main(command(folder, "unbroken"))
         assert "0:corpus" in str(caught.value) and "resume.allow=data.path" in str(caught.value)
         assert train.main(command(folder, "unbroken", *settings("resume.allow=data.path"))) == 0
+        assert "the token sets are not those of step 24:" in capsys.readouterr().out
     finally:
         corpus.write_bytes(whole)
     assert train.main(command(folder, "unbroken")) == 0
@@ -427,11 +443,25 @@ def test_a_run_told_to_leave_saves_before_it_evaluates_and_its_next_start_makes_
     assert order[1] == ("evaluate", 6) and numbers(folder / "leaving") == numbers(unbroken)
 
 
-def test_training_on_what_was_held_out_is_refused(folder, unbroken):
-    prefix = str(unbroken / "data" / "corpus")
-    sets = [f"--config.data.train={prefix}", "--config.data.path=", "--config.data.tokenizer=bytes"]
-    few = ["--config.train.num_steps=3", "--config.log.sample_tokens=0", "--config.optim.schedule=constant"]
-    few += ["--config.optim.warmup_steps=0", "--config.train.eval_every=0"]
-    assert train.main(command(folder, "cut", *sets, *few)) == 0
-    with pytest.raises(UserError, match="data.eval"):
-        train.main(command(folder, "cut", *sets, *few, "--config.train.num_steps=6", f"--config.data.eval={prefix}"))
+def test_token_sets_are_known_by_what_they_hold_and_not_by_where_they_lie(folder, unbroken, capsys):
+    prefix, few = unbroken / "data" / "corpus", ["data.path=", "data.tokenizer=bytes", "train.num_steps=3"]
+    few += ["log.sample_tokens=0", "optim.schedule=constant", "optim.warmup_steps=0", "train.eval_every=0"]
+
+    def run(*more):
+        return train.main(command(folder, "cut", *settings(*few, *more)))
+
+    assert run(f"data.train={prefix}") == 0
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{ending}", folder / f"moved{ending}")
+    capsys.readouterr()
+    assert run(f"data.train={folder}/moved") == 0
+    assert "already at step 3" in (said := capsys.readouterr().out) and "not those" not in said
+    with IndexedWriter(folder / "grown", dtype=np.uint16) as writer:
+        writer.add_document(IndexedDataset(str(prefix)).tokens)
+        writer.add_document(np.array([1, 2, 3], np.uint16))
+    for other in (f"{folder}/grown", f"{prefix},{folder}/grown", f"2:{prefix}"):
+        with pytest.raises(UserError, match="the token sets are not those that its checkpoint of step 3") as caught:
+            run(f"data.train={other}")
+        assert "resume.allow=data.train" in str(caught.value) and other in str(caught.value)
+    with pytest.raises(UserError, match="data.eval"):  # then all of the set would be trained on
+        run(f"data.train={prefix}", "train.num_steps=6", f"data.eval={prefix}")

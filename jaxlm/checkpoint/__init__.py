@@ -8,7 +8,6 @@ manifest.py   step.json, what a step says of itself: arrays with checksums, file
 checksum.py   of an array, on the devices that hold it      staging.py   the copy in host memory that a save waits for
 retention.py  which steps stay                              space.py     disk and memory that saves will need
 examine.py    verify, diff, export without the run          __main__.py  python -m jaxlm.checkpoint
-quiet.py      keeps Orbax's details out of the log
 
 May import jaxlm.settings, jaxlm.config, jaxlm.parallel, jax, numpy and Orbax; nothing outside this room imports Orbax.
 Directories are on a file system that renames atomically (local disks, NFS, Lustre), not in an object store.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from jaxlm.checkpoint import examine, layout, manifest
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
-from jaxlm.checkpoint.restore import columns, read_manifest
+from jaxlm.checkpoint.restore import TABLE_ROWS, newest_manifest, read_manifest
 from jaxlm.checkpoint.retention import METRIC, Retention, superseded
 from jaxlm.checkpoint.space import bytes_text
-from jaxlm.config import Problem, UserError
-from jaxlm.settings import Parser, flatten, run_main, shown
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.settings import Parser, columns, flatten, progress_bar, run_main, shown
 
-EXIT_DIFFERENT, EXIT_DAMAGED = 1, 3
+EXIT_DIFFERENT = 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,12 +47,12 @@ def main(argv: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # the accelerators may be training
     if not committed_steps(args.workdir / "checkpoints"):
         problem = Problem(str(args.workdir / "checkpoints"), "holds no checkpoint", "name a run's folder")
-        raise UserError(problem, exit_code=EXIT_DAMAGED)
+        raise UserError(problem, exit_code=Exit.UNUSABLE)
     try:
         return COMMANDS[args.command](args)
     except Damage as damage:
         remedy = "choose another step; a run that trains deletes old ones"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=EXIT_DAMAGED) from damage
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
     except OSError as error:
         raise UserError(
             Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
@@ -76,12 +77,12 @@ def list_steps(args: argparse.Namespace) -> int:
         row["kept"] = kept.get(row["step"], [])
     if args.json:
         print(json.dumps(rows, indent=1))
-        return EXIT_DAMAGED if damaged else 0
+        return Exit.UNUSABLE if damaged else 0
     table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept", "verified")]
     print("\n".join(columns([*table, *map(_row, rows)])))
     for step, reason in damaged.items():
         print(f"step {step} is damaged: {reason}")
-    return EXIT_DAMAGED if damaged else 0
+    return Exit.UNUSABLE if damaged else 0
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -95,7 +96,7 @@ def verify(args: argparse.Namespace) -> int:
             print(f"step {step}: " + ("\n  ".join(["DAMAGED", *map(str, results[step])]) if results[step] else "sound"))
     if args.json:
         print(json.dumps({step: [str(damage) for damage in found] for step, found in results.items()}, indent=1))
-    return EXIT_DAMAGED if any(results.values()) else 0
+    return Exit.UNUSABLE if any(results.values()) else 0
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -115,9 +116,12 @@ def diff(args: argparse.Namespace) -> int:
     rows = [(key, *map(shown, values)) for key, values in settings.items()]
     print("\n".join(columns([*where, *rows])))
     number = lambda x: "-" if x is None else f"{x:.3g}"  # noqa: E731
-    cells = [(d.name, d.one, d.other, number(d.largest), number(d.relative)) for d in arrays]
+    worst = sorted(arrays, key=lambda d: -math.inf if d.relative is None else -d.relative)[:TABLE_ROWS]
+    cells = [(d.name, d.one, d.other, number(d.largest), number(d.relative)) for d in worst]
     if cells:
         print("\n".join(columns([("array", "one", "other", "largest", "relative"), *cells])))
+    if len(arrays) > len(cells):
+        print(f"... and {len(arrays) - len(cells)} arrays that differ less; --json has all")
     print(f"{len(rows)} settings and facts differ, {len(arrays)} arrays")
     return EXIT_DIFFERENT if arrays or settings else 0
 
@@ -156,6 +160,7 @@ def rewind(args: argparse.Namespace) -> int:
 
 COMMANDS = {"list": list_steps, "verify": verify, "diff": diff, "export": export, "prune": prune, "rewind": rewind}
 
+KEYS = ("keep", "keep_every", "keep_best")
 JSON = {"--json": dict(action="store_true", help="print JSON")}
 KEEP = {
     "--keep": dict(type=int, metavar="N", help="newest ones kept (default: the run's setting)"),
@@ -186,31 +191,26 @@ def _step(workdir: Path, step: int) -> Path:
         problem = Problem(
             str(workdir), f"holds no checkpoint of step {step}", f"it has steps {', '.join(map(str, steps))}"
         )
-        raise UserError(problem, exit_code=EXIT_DAMAGED)
+        raise UserError(problem, exit_code=Exit.UNUSABLE)
     return workdir / "checkpoints" / str(step)
 
 
 def _bar(path: Path) -> tqdm:
-    """Bytes of arrays read, on a terminal."""
+    """Bytes of arrays read."""
     try:
         total = examine.size_bytes(read_manifest(path).leaves)
     except Damage:
         total = 0
-    return tqdm(total=total, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
+    return progress_bar(total, f"step {path.name}", "B", unit_scale=True)
 
 
 def _retention(directory: Path, args: argparse.Namespace) -> Retention:
     """The run's rules as its newest readable checkpoint has them, or what the flags say instead."""
-    settings: dict[str, int] = {}
-    for step in committed_steps(directory):
-        try:
-            found = manifest.read(directory / str(step))
-        except Damage:
-            continue
-        settings = found.metadata.get("config", {}).get("checkpoint", settings) if found else settings
-    asked = {"keep": args.keep, "keep_every": args.keep_every, "keep_best": args.keep_best}
-    rules = Retention(*(settings.get(key, default) if value is None else value
-                        for (key, value), default in zip(asked.items(), (3, 0, 0))))  # fmt: skip
+    newest = newest_manifest(directory)
+    settings = dict(zip(KEYS, (3, 0, 0)))
+    settings |= (newest.metadata.get("config", {}) if newest else {}).get("checkpoint", {})
+    asked = (args.keep, args.keep_every, args.keep_best)
+    rules = Retention(*(settings[key] if value is None else value for key, value in zip(KEYS, asked)))
     if rules.newest < 1:
         raise UserError(Problem(f"--keep={rules.newest}", "the newest checkpoint always stays", "use 1 or more"))
     return rules
@@ -221,17 +221,17 @@ def _facts(path: Path, found: Manifest) -> dict[str, Any]:
         verified = json.loads((path / manifest.VERIFIED).read_bytes())
     except (OSError, ValueError):
         verified = None
-    facts = {key: found.metadata.get(key) for key in ("mesh", "devices", "versions", "data", "export")}
-    return dict(
-        step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics, verified=verified,
-        **{key: value for key, value in facts.items() if value is not None},
-    )  # fmt: skip
+    kept = {
+        key: found.metadata[key] for key in ("mesh", "devices", "versions", "data", "export") if key in found.metadata
+    }
+    own = dict(step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics)
+    return own | {"verified": verified} | kept
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:
     if "damaged" in facts:
         return (str(facts["step"]), *[""] * 6, "DAMAGED")
-    pairs = lambda key: " ".join(f"{name}={value}" for name, value in facts.get(key, {}).items()) or "-"  # noqa: E731
+    pairs = lambda key: " ".join(f"{name}={value:.5g}" for name, value in facts.get(key, {}).items()) or "-"  # noqa: E731
     verified = facts["verified"]
     state = "-" if verified is None else (_date(verified["at"]) if verified["sound"] else "DAMAGED")
     versions = facts.get("versions", {})
@@ -247,13 +247,9 @@ def _date(seconds: float) -> str:
 
 
 def _settings(found: Manifest) -> dict[str, Any]:
-    """The run's settings by section.key, and every other fact by its name."""
+    """The run's settings, and every other fact, as section.key."""
     facts = {name: value for name, value in found.metadata.items() if name != "config"}
-    return dict(flatten(found.metadata.get("config", {}))) | {
-        f"{name} {key}".strip(): value
-        for name, group in facts.items()
-        for key, value in (group.items() if isinstance(group, Mapping) else [("", group)])
-    }
+    return dict(flatten(found.metadata.get("config", {})) + flatten(facts))
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,11 @@ from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
 from jaxlm.checkpoint.store import CheckpointStore
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
 BATCH_BYTES = 2**30
-BLOCK = 2**24  # elements compared at a time
 PARAMS = "params."
 
 Advance = Callable[[int], Any]  # told the bytes read so far, piece by piece
@@ -50,12 +50,17 @@ def verify(path: Path, advance: Advance) -> list[Damage]:
     except Damage as damage:
         return [damage]
     found: list[Damage] = []
-    for batch in _batches(saved):
+    batches = deque(_batches(saved))
+    while batches:
+        batch = batches.popleft()
         try:
             wrong = changed(batch, _read(path, batch))
             found += [Damage(path, f"checksum of {name} differs from what was saved") for name in wrong]
-        except Damage:
-            found.append(_unreadable(path, batch))
+        except Damage as damage:
+            if len(batch) > 1:  # which of them?
+                batches.extendleft({name: leaf} for name, leaf in reversed(batch.items()))
+                continue
+            found.append(Damage(path, f"{next(iter(batch))} can't be read: {damage.reason}"))
         advance(size_bytes(batch))
     if not is_committed(path):
         raise Damage(path, "was deleted while it was read")
@@ -87,9 +92,9 @@ def differences(one: Path, other: Path, advance: Advance) -> list[Difference]:
         x, y = a.get(name), b.get(name)
         if x is None or y is None or str(x) != str(y):
             found.append(Difference(name, str(x or "-"), str(y or "-"), None, None))
-        elif x != y or x.checksum is None:
-            first, second = (np.asarray(_read(path, {name: leaf})[name]) for path, leaf in ((one, x), (other, y)))
-            largest, scale = _largest(first, second)
+        elif x != y:
+            first, second = (np.asarray(_read(path, {name: x})[name], np.float64) for path in (one, other))
+            largest, scale = (float(np.abs(values).max()) for values in (first - second, first))
             if largest != 0:
                 found.append(Difference(name, str(x), str(y), largest, largest / scale if scale else math.inf))
         advance(_bytes(x or y))
@@ -103,10 +108,9 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     Raises: Damage of the step; UserError (exit code 3) if the export can't be written.
     """
     source = read_manifest(path)
-    others = [step for step in committed_steps(output / "checkpoints") if not _is_export(output, step)]
-    if others:
-        rule = f"holds checkpoints of a run, which an export would replace: {', '.join(map(str, others))}"
-        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=3)
+    if there := committed_steps(output / "checkpoints"):
+        rule = f"holds checkpoints already, of steps {', '.join(map(str, there))}"
+        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=Exit.UNUSABLE)
     cast: dict[str, jax.Array] = {}
     for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
         loaded = _read(path, batch)
@@ -122,20 +126,14 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
     if any(outcome.error for outcome in outcomes) or store.committed_step != source.step:
         reason = next((outcome.error for outcome in outcomes if outcome.error), "it holds another step")
         raise UserError(
-            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"), exit_code=3
+            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"),
+            exit_code=Exit.UNUSABLE,
         )
-    for name in ("config.json", "data/chars.json"):  # the run's settings, and a tokenizer that it made for itself
-        if (workdir / name).is_file():
-            (output / name).parent.mkdir(exist_ok=True)
-            shutil.copy(workdir / name, output / name)
+    made = Path("data/chars.json")  # a tokenizer that the run made for itself
+    if (workdir / made).is_file():
+        (output / made).parent.mkdir(exist_ok=True)
+        shutil.copy(workdir / made, output / made)
     return output / "checkpoints" / str(source.step)
-
-
-def _is_export(output: Path, step: int) -> bool:
-    try:
-        return "export" in read_manifest(output / "checkpoints" / str(step)).metadata
-    except Damage:
-        return False
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:
@@ -154,28 +152,6 @@ def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here) for name, x in leaves.items()}
     return read_leaves(path, like)
-
-
-def _unreadable(path: Path, batch: Mapping[str, Leaf]) -> Damage:
-    """Which arrays of `batch`, read one by one, are to blame."""
-    bad: dict[str, str] = {}
-    for name, leaf in batch.items():
-        try:
-            bad |= dict.fromkeys(changed(batch, _read(path, {name: leaf})), "checksum differs from what was saved")
-        except Damage as damage:
-            bad[name] = damage.reason
-    names, more = ", ".join([*bad][:3]), f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return Damage(path, f"{names}{more} can't be read: {next(iter(bad.values()), 'but each alone can')}")
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute value of `a`); nan if one is."""
-    largest, scale = [0.0], [0.0]
-    for i in range(0, a.size, BLOCK):
-        x, y = (array.ravel()[i : i + BLOCK].astype(np.float64) for array in (a, b))
-        largest.append(np.abs(x - y).max())
-        scale.append(np.abs(x).max())
-    return float(np.max(largest)), float(np.max(scale))
 
 
 def _bytes(leaf: Leaf | None) -> int:

@@ -29,7 +29,7 @@ from jaxlm.checkpoint import manifest
 log = logging.getLogger("jaxlm.checkpoint")
 
 ITEM = "state"  # the one Orbax item of a step
-ORBAX_FILE = "_CHECKPOINT_METADATA"  # what a step from before step.json has instead
+ORBAX_FILE = "_CHECKPOINT_METADATA"  # tells a step that has lost its step.json from what is none
 WRITING = ".writing"
 PRUNED = ".pruned"
 ABANDONED = "abandoned"
@@ -108,7 +108,7 @@ def abandon(directory: Path, entries: Iterable[Path], reason: str) -> None:
         folder.mkdir(exist_ok=True)
         names = itertools.chain([entry.name], (f"{entry.name}-{n}" for n in itertools.count(1)))
         target = entry.rename(next(folder / name for name in names if not (folder / name).exists()))
-        log.warning("%s moved to %s: %s", entry, target, reason)
+        log.warning("%s\n  moved to %s\n  %s", entry, target, reason)
         with (
             contextlib.suppress(OSError),
             open(folder / NOTES, "a") as notes,

@@ -2,7 +2,8 @@
 
 The holder has the file `lock.N` with the largest N; it names host and process, and a thread renews its time. Taking over
 means creating `lock.N+1`, which the file system lets one process do. Numbers only grow, so nobody removes another's claim by
-mistake: a holder that lost its own sees a larger number. The clock is the file system's, never that of two hosts compared.
+mistake: a holder that lost its own sees a larger number or, where somebody removed the file, another's name in it. The clock
+is the file system's, never that of two hosts compared.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -49,7 +50,7 @@ class Holder:
 class RunLock:
     """Holds `workdir` from entry to exit, or until the process ends however it ends.
 
-    force: take it from whoever has it; a run that is still alive there will commit nothing more.
+    force: take it from whoever has it; a run that is still alive there will write nothing more.
     Raises (on entry): UserError (exit code 3) naming host, process and heartbeat if another run holds it.
     """
 
@@ -58,13 +59,56 @@ class RunLock:
         self._number = 0
         self._ended = threading.Event()
         self._gone = False
+        self._looks = threading.Lock()
 
     def __enter__(self) -> RunLock:
+        self._take()
+        self._force = False
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError), self._file:  # if it can't be written: on this machine the kernel tells that we are gone
+            if not self.lost:
+                self._file.seek(0)
+                json.dump(asdict(self._holder) | {"released": True}, self._file)
+                self._file.truncate()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run has taken over. A lock file that somebody removed is made again, if no other run was faster."""
+        with self._looks:
+            try:
+                numbers = self._numbers()
+                if not (numbers or self._gone):
+                    log.warning("%s: lock.%d was removed, and is made again", self.workdir, self._number)
+                    self._file.close()
+                    self._take()
+                elif numbers[-1:] != [self._number] or _read(self._path(self._number)) not in (self._holder, None):
+                    self._gone = True
+            except UserError:
+                self._gone = True
+            except OSError as error:  # a commit meets the same disk
+                log.warning("whether %s is still held is not known: %s", self.workdir, error)
+            return self._gone
+
+    def check(self) -> None:
+        """Raises UserError (exit code 3) if another run has taken over."""
+        if self.lost:
+            holder = _read(self._path((self._numbers() or [0])[-1]))
+            by = f"by {holder.host}, pid {holder.pid}, since {holder.since}" if holder else "by another run"
+            rule = f"was taken over {by}: this run writes nothing more"
+            raise UserError(Problem(f"--workdir={self.workdir}", rule, "stop one of the two"), exit_code=Exit.UNUSABLE)
+
+    def _take(self) -> None:
         own = self.workdir / f".lock-{uuid.uuid4().hex}"
         self._holder = Holder.this_process()
         with open(own, "w") as out:
             json.dump(asdict(self._holder), out)
-        self._file = open(own, "r+")
+        self._file = open(own, "r+")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError:
@@ -84,35 +128,6 @@ class RunLock:
         for number in self._numbers():
             if number < self._number:
                 self._path(number).unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        with suppress(OSError), self._file:  # if it can't be written: on this machine the kernel tells that we are gone
-            if not self.lost:
-                self._file.seek(0)
-                json.dump(asdict(self._holder) | {"released": True}, self._file)
-                self._file.truncate()
-
-    @property
-    def lost(self) -> bool:
-        """Whether another run has taken over."""
-        try:
-            self._gone = self._gone or self._numbers()[-1:] != [self._number]
-        except OSError as error:  # a commit meets the same disk
-            log.warning("whether %s is still held is not known: %s", self.workdir, error)
-        return self._gone
-
-    def check(self) -> None:
-        """Raises UserError (exit code 3) if another run has taken over."""
-        if self.lost:
-            holder = _read(self._path((self._numbers() or [0])[-1]))
-            by = f"by {holder.host}, pid {holder.pid}, since {holder.since}" if holder else "or its lock was removed"
-            rule = f"was taken over {by}: this run commits nothing more"
-            raise UserError(Problem(f"--workdir={self.workdir}", rule, "stop one of the two"), exit_code=3)
 
     def _claim(self, own: Path) -> bool:
         """Makes `own` the next lock file. False if somebody was faster: look again."""
@@ -149,14 +164,15 @@ class RunLock:
         since = f" since {holder.since}" if holder else ""
         rule = f"another process is training here{since}: {who}, last heartbeat {silent_s:.0f} s ago"
         remedy = "wait for it, stop it, or give this run another --workdir; --force-lock insists"
-        raise UserError(Problem(f"--workdir={self.workdir}", rule, remedy), exit_code=3)
+        raise UserError(Problem(f"--workdir={self.workdir}", rule, remedy), exit_code=Exit.UNUSABLE)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            try:
-                os.utime(self._path(self._number))
-            except OSError as error:
-                log.warning("the heartbeat of %s failed: %s", self._path(self._number), error)
+            if not self.lost:
+                try:
+                    os.utime(self._path(self._number))
+                except OSError as error:
+                    log.warning("the heartbeat of %s failed: %s", self._path(self._number), error)
 
     def _numbers(self) -> list[int]:
         return sorted(int(m[1]) for entry in os.listdir(self.workdir) if (m := NAME.fullmatch(entry)))

@@ -32,7 +32,7 @@ class Damage(Exception):
 class Leaf:
     dtype: str
     shape: tuple[int, ...]
-    checksum: int | None  # None: the checkpoint is from before they were kept
+    checksum: int
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -79,8 +79,8 @@ def seal(path: Path, *, step: int, leaves: Mapping[str, Leaf], metadata: dict[st
         flush(folder)
 
 
-def read(path: Path) -> Manifest | None:
-    """The manifest of the step in `path`; None where there is none.   Raises: Damage if it is not what was written."""
+def read(path: Path) -> Manifest:
+    """The manifest of the step in `path`.   Raises: Damage if it is missing or not what was written."""
     try:
         tree = json.loads((path / FILE).read_bytes())
         content = tree["content"]
@@ -91,8 +91,8 @@ def read(path: Path) -> Manifest | None:
             for name, leaf in content["leaves"].items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        raise Damage(path / FILE, "missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damage(path / FILE, f"unreadable: {error}") from error
     return Manifest(content["step"], content["saved_at"], leaves, content["metadata"], files)

@@ -6,8 +6,9 @@ and the one before it is tried; a step that is sound and does not fit the caller
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
-from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.config import Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
-SEALED = "sealed"  # in Orbax's own metadata: a manifest belongs to this step
 
 
 @dataclass(frozen=True)
@@ -58,50 +58,40 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
         try:
             found = _load(directory / str(step), abstract, part)
         except Damage as damage:
-            log.warning("checkpoint of step %d passed over: %s", step, damage)
+            log.warning("the checkpoint of step %d is passed over\n  %s\n  %s", step, damage.path, damage.reason)
             passed[step] = damage
         else:
             return replace(found, passed_over=passed)
     if passed:
         rule = "\n    ".join(["none of its checkpoints is sound:", *map(str, passed.values())])
         remedy = "mend the disk and rerun, restore a copy, or move them elsewhere to start anew"
-        raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
+        raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
     return None
 
 
-def restore_params(directory: str | Path, abstract_params: Any, *, step: int | None = None) -> Restored:
-    """The parameters alone, as `Restored.state`; optimizer state is not read. step: None takes the newest sound one.
-
-    Parameters exported in a narrower floating type are widened to the asked-for one.
-    Raises: UserError (exit code 3) without such a step, UserError with a table if the parameters differ.
-    """
-    if step is not None:
-        return restore(directory, abstract_params, step=step, part="params")
-    found = restore_latest_good(directory, abstract_params, part="params")
-    return found if found is not None else restore(directory, abstract_params, step=None, part="params")
-
-
 def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str = "") -> Restored:
-    """Loads `step` of `directory` and no other.
+    """Loads `step` of `directory` and no other; None: the newest sound one.
 
     Args:
       abstract: a tree with a `jax.ShapeDtypeStruct` that has a sharding at each leaf.
-      part: name of the subtree of the saved state that `abstract` describes; other arrays are not read. Empty means
-        the whole state, which must then have the leaves of `abstract` and no others.
+      part: name of the subtree of the saved state that `abstract` describes, "params" say; other arrays are not read, and
+        floats that were exported in a narrower type are widened. Empty means the whole state, with these leaves and no others.
 
     Raises: UserError (exit code 3) if there is no such step or it is damaged; UserError with a table if it does not fit.
     """
     directory = Path(directory).absolute()
+    if step is None and (found := restore_latest_good(directory, abstract, part=part)) is not None:
+        return found
     steps = committed_steps(directory)
-    if step is None or step not in steps:
+    if step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
-        raise UserError(Problem(str(directory), rule, remedy), exit_code=3)
+        raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
     try:
         return _load(directory / str(step), abstract, part)
     except Damage as damage:
         remedy = f"it has steps {', '.join(map(str, steps))}; python -m jaxlm.checkpoint verify says which are sound"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=3) from damage
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
 
 
 def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -112,7 +102,13 @@ def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     Raises: Damage if they cannot be read.
     """
     where = str(path.absolute())  # Orbax takes no other
-    return _or_damage(path, lambda: ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM])
+    try:
+        with _reading():
+            return ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM]
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # out of memory: no word against the files
+    except Exception as error:
+        raise Damage(path, first_line(error)) from error
 
 
 def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
@@ -124,25 +120,22 @@ def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.A
 
 def changed(saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> list[str]:
     """Names of arrays of `loaded` that have not the bits that were saved."""
-    return [name for name, value in checksums(loaded).items() if saved[name].checksum not in (value, None)]
+    return [name for name, value in checksums(loaded).items() if saved[name].checksum != value]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the step in `path`, its files all there. A step from before there were any gets one without checksums.
-
-    Raises: Damage.
-    """
+    """The manifest of the step in `path`, its files all there.   Raises: Damage."""
     found = manifest.read(path)
-    if found is not None:
-        manifest.check_files(path, found)
-        return found
-    kept = _or_damage(path, lambda: ocp.checkpointables_metadata(str(path.absolute())))
-    metadata = kept.custom_metadata or {}
-    if metadata.get(SEALED):
-        raise Damage(path / manifest.FILE, "missing")
-    log.warning("%s was saved without checksums: what is loaded is not verified", path)
-    leaves = {name: Leaf(str(leaf.dtype), tuple(leaf.shape), None) for name, leaf in kept.metadata[ITEM].items()}
-    return Manifest(int(path.name), path.stat().st_mtime, leaves, metadata, {})
+    manifest.check_files(path, found)
+    return found
+
+
+def newest_manifest(directory: Path) -> Manifest | None:
+    """What the newest step that can be asked says of itself; whether its files are there is not looked at."""
+    for step in reversed(committed_steps(directory)):
+        with contextlib.suppress(Damage):
+            return manifest.read(directory / str(step))
+    return None
 
 
 def _load(path: Path, abstract: Any, part: str) -> Restored:
@@ -186,12 +179,6 @@ def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any
     raise UserError(Problem(str(path), "\n    ".join([head, *table]), remedy))
 
 
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines with the cells of `rows` under one another."""
-    widths = [max(map(len, cells)) for cells in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
 def _describe(leaf: Any) -> str:
     return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
@@ -206,18 +193,17 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:400]}"
 
 
-def _or_damage(path: Path, read: Callable[[], Any]) -> Any:
-    try:
-        with _reading():
-            return read()
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # out of memory: no word against the files
-    except Exception as error:
-        raise Damage(path, first_line(error)) from error
-
-
 def _reading() -> ocp.Context:
     silence_details()
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # the names asked for, not all that are there
     return context
+
+
+def silence_details() -> None:
+    """Keeps Orbax's account of its work, dozens of lines a save, and the traceback of a failed one out of a run's log."""
+    logging.getLogger("absl").addFilter(_is_no_detail)  # Orbax logs through absl; adding a filter twice adds it once
+
+
+def _is_no_detail(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING or "/orbax/checkpoint/" not in record.pathname

@@ -47,11 +47,10 @@ def superseded(directory: Path, retention: Retention) -> list[int]:
     for step in committed_steps(directory):
         try:
             found = manifest.read(directory / str(step))
-            if found is not None:
-                manifest.check_files(directory / str(step), found)
+            manifest.check_files(directory / str(step), found)
             manifest.check_verified(directory / str(step))
         except manifest.Damage:
             continue
-        losses[step] = found.metrics.get(METRIC) if found is not None else None
+        losses[step] = found.metrics.get(METRIC)
     kept = retention.reasons(losses)
     return [step for step in losses if step not in kept]

@@ -20,15 +20,14 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
-from jaxlm.checkpoint.quiet import silence_details
-from jaxlm.checkpoint.restore import SEALED, Restored, first_line, restore_latest_good
+from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, silence_details
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError
 
 log = logging.getLogger("jaxlm.checkpoint")
 
-# Small chunks make a load onto another mesh 2 to 6 times slower (docs/FAULTS.md); whole shards below this stay whole.
+# Small chunks make a load onto another mesh 2 to 6 times slower: whole shards below this stay whole.
 CHUNK_BYTES = 32 * 2**20
 
 DEFAULT = Retention()
@@ -55,13 +54,6 @@ class CheckpointStore:
     A step is committed by a rename once all of it is written: after `kill -9` at any time every step that was reported
     committed is restorable, and what else is there is removed at the next start. Nothing here ends a run: a save that
     fails is an outcome with its error, and the next one tries again.
-
-        with CheckpointStore(workdir / "checkpoints") as store:
-            restored = store.restore_latest_good(abstract_state)
-            ...
-            store.save(step, state, metadata={"metrics": {"eval_loss": loss}})
-            for outcome in store.poll():
-                print(f"committed step {outcome.step}")
 
     Args:
       directory: made if it is missing. Leftovers of killed saves in it are removed.
@@ -134,8 +126,7 @@ class CheckpointStore:
         for name, leaf in named.items():
             assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         self.wait()
-        if self._lock is not None:
-            self._lock.check()
+        self.check_lock()
         if self._committed_step is not None and step <= self._committed_step:
             self._refuse_earlier(step)
             return False
@@ -178,9 +169,10 @@ class CheckpointStore:
         """The newest step that is known to be restorable."""
         return self._committed_step
 
-    def steps(self) -> list[int]:
-        """Committed steps on disk, ascending."""
-        return committed_steps(self.directory)
+    def check_lock(self) -> None:
+        """Raises UserError (exit code 3) if another run has taken over."""
+        if self._lock is not None:
+            self._lock.check()
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -193,7 +185,7 @@ class CheckpointStore:
     def _begin(self, step: int, staged: dict[str, jax.Array]) -> ocp.AsyncResponse[None]:
         path = layout.writing_path(self.directory, step)
         with _writing():
-            return ocp.save_checkpointables_async(str(path), {ITEM: staged}, custom_metadata={SEALED: True})
+            return ocp.save_checkpointables_async(str(path), {ITEM: staged})
 
     def _finish(
         self, step: int, staged: dict, response: Any, seal: Callable[[Path], None], start: float, blocked_s: float
@@ -203,8 +195,7 @@ class CheckpointStore:
             (response or self._begin(step, staged)).result()
             if jax.process_index() == 0:
                 seal(layout.writing_path(self.directory, step))
-                if self._lock is not None:
-                    self._lock.check()
+                self.check_lock()
                 layout.commit(self.directory, step)
         except Exception as error:  # whatever ended it, the run goes on and the next save may succeed
             self._failed(step, error, start, blocked_s)

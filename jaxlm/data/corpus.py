@@ -138,15 +138,16 @@ def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
     return phases
 
 
-def same_weights(before: Sequence[str], after: Sequence[str], *, steps: int) -> bool:
-    """Whether two values of data.train read the same rows in the first `steps` steps."""
+def sets_read(entries: Sequence[str], fingerprints: Sequence[str], *, steps: int) -> list[tuple[str, list]]:
+    """(fingerprint, weights by step) of each set that the first `steps` steps may have rows of.
 
-    def until(entries: Sequence[str]) -> list[tuple[str, list]]:
-        parsed = map(parse_train, entries)
-        past = [(prefix, [pair for pair in weights if pair[0] < steps], weights) for prefix, weights in parsed]
-        return [(prefix, pairs) for prefix, pairs, weights in past if pairs or not weights]
-
-    return until(before) == until(after)
+    entries: of data.train; none where data.path is one set.   fingerprints: of the sets, in that order.
+    """
+    weights = [parse_train(entry)[1] for entry in entries or ("",)]
+    past = [
+        (print_, [pair for pair in pairs if pair[0] < steps], pairs) for print_, pairs in zip(fingerprints, weights)
+    ]
+    return [(print_, before) for print_, before, pairs in past if before or not pairs]
 
 
 def training_loader(config: Config, corpus: Corpus) -> Loader:

@@ -8,7 +8,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -20,17 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.documents import Chunk, parse, read_chunks
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.settings import progress_bar
 
 SHARD_CHUNKS = 64  # written between two marks from which a killed command goes on
 CHUNKS_PER_WORKER = 3  # read ahead of the writer; bounds memory
 BAD_LINES_KEPT = 20
-LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 
 class Encoded(NamedTuple):
@@ -65,9 +63,7 @@ class Reader:
 
     def __init__(self, files: Sequence[str], *, before: Totals | None = None):
         self.files, self._before, self._start_s = files, dataclasses.replace(before or Totals()), time.perf_counter()
-        every_s = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
-        bar: Any = dict(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="read", leave=False)
-        self._bar = tqdm(**bar, mininterval=every_s, delay=every_s)
+        self._bar = progress_bar(sum(map(os.path.getsize, files)), "read", "B", unit_scale=True)
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """The chunks of all files."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from jaxlm.data.samples import Samples, Span
 from jaxlm.data.stored import Stored
 
 T = TypeVar("T")
+CLOSE_S = 5.0
 
 
 # Dims: B rows, T positions.
@@ -168,17 +171,31 @@ class Prefetch(Generic[T]):
     waited for it.
 
     Depth 0 makes each value when it is asked for. An exception of `make` comes out where its value would have. `close`,
-    or leaving the `with` block, waits for the value in the making; afterwards the iterator is exhausted.
+    or leaving the `with` block, waits CLOSE_S for the value in the making, no longer: a file system that never answers
+    holds up neither the error on its way out nor the end of the process. Afterwards the iterator is exhausted.
     """
 
     def __init__(self, make: Callable[[int], T], *, start: int, stop: int, depth: int):
         self._make, self._steps = make, iter(range(start, stop))
-        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._asked: SimpleQueue[tuple[int, Future[T]] | None] = SimpleQueue()
         self._ahead: deque[Future[T]] = deque()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
         self._submit(depth)
 
     def _submit(self, count: int) -> None:
-        self._ahead.extend(self._thread.submit(self._make, step) for step in itertools.islice(self._steps, count))
+        for step in itertools.islice(self._steps, count):
+            self._ahead.append(Future())
+            self._asked.put((step, self._ahead[-1]))
+
+    def _work(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            step, made = asked
+            if made.set_running_or_notify_cancel():
+                try:
+                    made.set_result(self._make(step))
+                except BaseException as error:
+                    made.set_exception(error)
 
     def __iter__(self) -> Iterator[tuple[T, float]]:
         return self
@@ -198,8 +215,11 @@ class Prefetch(Generic[T]):
     def close(self) -> None:
         """End the thread; values that were made and not taken are dropped."""
         self._steps = iter(())
+        for made in self._ahead:
+            made.cancel()
         self._ahead.clear()
-        self._thread.shutdown(cancel_futures=True)
+        self._asked.put(None)
+        self._thread.join(CLOSE_S)
 
     def __enter__(self) -> Prefetch[T]:
         return self

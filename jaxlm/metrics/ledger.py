@@ -29,8 +29,8 @@ PHASES = {
     "evaluate": "evaluations",
     "save": "saves, as far as they block",
     "init": "settings and data",
-    "restore": "restoring or making the state",
-    "compile": "compiling",
+    "restore": "restoring",
+    "compile": "compiling, and making the first state",
     "end": "sample and report",
     "down": "between two starts",
 }
@@ -48,15 +48,16 @@ class Ledger:
         workdir: Path,
         *,
         on_enter: Callable[[str], None] = lambda phase: None,
+        may_write: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
-        self._path, self._on_enter, self._clock = workdir / FILE_NAME, on_enter, clock
+        self._path, self._on_enter, self._may_write, self._clock = workdir / FILE_NAME, on_enter, may_write, clock
         self._start = wall_clock()
         self._phase, self._since_s, self._written_s = "init", clock(), clock()
         self._spent = defaultdict[str, float](float)
         self._first = self._last = 0
-        self._write()
+        self._counts = False
         on_enter("init")
 
     def __enter__(self) -> Ledger:
@@ -71,8 +72,11 @@ class Ledger:
         return f"{PHASES[self._phase]}, {self._last} steps done"
 
     def resume(self, step: int) -> None:
-        """Steps count from here: the state is that after `step`."""
+        """Steps count from here: the state is that after `step`. A start that does not come this far is none: it was
+        refused, or found the run done, or its time is that between two starts."""
         self._first = self._last = step
+        self._counts = True
+        self._write()
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """The run begins with `phase`; `step` steps are done."""
@@ -101,6 +105,8 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
+        if not (self._counts and self._may_write()):
+            return
         line: dict[str, Any] = {"start": round(self._start, 3)}
         if self._last > self._first:
             line |= {"first": self._first, "last": self._last}
@@ -134,9 +140,11 @@ class Account:
         return f"since the first of {self.starts} starts" if self.starts > 1 else "since the first of one start"
 
     def __str__(self) -> str:
-        rest = [f"{phase} {s:.1f} s" for phase, s in self.spent_s.items() if phase != "step" and s >= 0.05]
-        whole = f"{duration_text(self.wall_s)} {self.since}"
-        return ", ".join([whole, f"{self.productive_frac:.1%} in steps that count", *rest])
+        """Two lines: the whole, and what is a hundredth of it or more, the largest first."""
+        rest = sorted(((s, phase) for phase, s in self.spent_s.items() if phase != "step"), reverse=True)
+        large = ", ".join(f"{phase} {s:.1f} s" for s, phase in rest if s >= self.wall_s / 100)
+        whole = f"{duration_text(self.wall_s)} {self.since}, {self.productive_frac:.1%} in steps that count"
+        return f"{whole}\n      {large}" if large else whole
 
 
 def read_account(workdir: str | Path) -> Account | None:

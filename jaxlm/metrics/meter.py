@@ -11,7 +11,8 @@ class StepMeter:
     """Averages step time, tokens per second, MFU and data wait since the previous logged step.
 
     Call `start` when stepping begins and again after anything that is not a step (compilation, an evaluation, a
-    blocking save), so that it is not counted; `step` when a step's end is seen; `take` to log. All times are
+    blocking save), so that it is not counted; `wait` when the host had no batch to dispatch; `step` when a step's end is
+    seen; `take` to log. A wait counts where it happens, so no record waits longer than its steps took. All times are
     `time.monotonic` seconds. peak_flops_per_s is one device's (None: mfu is None); tokens are those of all devices.
     """
 
@@ -26,13 +27,15 @@ class StepMeter:
         """The next step is timed from here."""
         self._last_s = time_s
 
-    def step(self, *, time_s: float, data_wait_s: float, tokens: int) -> None:
-        """A step of so many tokens ended at time_s; for data_wait_s of it the host had no batch to dispatch."""
+    def wait(self, seconds: float) -> None:
+        self._data_wait_s += seconds
+
+    def step(self, *, time_s: float, tokens: int) -> None:
+        """A step of so many tokens ended at time_s."""
         assert self._last_s is not None, "StepMeter.start comes before the first step"
         self._num_steps += 1
         self._num_tokens += tokens
         self._busy_s += time_s - self._last_s
-        self._data_wait_s += data_wait_s
         self._last_s = time_s
 
     def take(self) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ _FIELDS = (
 
 
 class Progress:
-    """Shows the logged records of a run of num_steps steps that begins after start_step; a context manager.
+    """Shows the logged records of a run of num_steps steps; a context manager.
 
     On a terminal: one line rewritten in place, never wider than the terminal. Elsewhere: the first ten records, then
     at most one every two seconds, and always the last. A stream that was closed on the other side (`| head`) ends the
@@ -46,12 +46,11 @@ class Progress:
         self,
         *,
         num_steps: int,
-        start_step: int = 0,
         stream: TextIO,
         before_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._num_steps, self._start_step = num_steps, start_step
+        self._num_steps = num_steps
         self._stream: TextIO | None = stream
         self._is_live = stream.isatty()
         self._clock, self._start_s, self._before_s = clock, clock(), before_s
@@ -120,12 +119,13 @@ class Progress:
         shown["eta"] = self._eta_text(record["step"])
         return {rank: text(shown[key]) for rank, key, text in _FIELDS if shown.get(key) is not None}
 
-    def _eta_text(self, step: int) -> str:
+    def _eta_text(self, step: int) -> str | None:
         elapsed_s = self._clock() - self._start_s
         if step >= self._num_steps:
             return f"took {duration_text(self._before_s + elapsed_s)}"
-        times_s = self._step_times_s or [elapsed_s / max(step - self._start_step, 1)]
-        left_s = statistics.median(times_s) * (self._num_steps - step)  # median: one slow step does not move it
+        if not self._step_times_s:
+            return None
+        left_s = statistics.median(self._step_times_s) * (self._num_steps - step)  # one slow step does not move it
         return f"eta {duration_text(left_s)}"
 
     def _write(self, text: str) -> None:

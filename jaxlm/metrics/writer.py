@@ -27,6 +27,8 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from jaxlm.config import Problem, UserError
 
 FILE_NAME = "metrics.jsonl"
+LATER = "metrics.later.jsonl"  # lines of steps behind the one that a start resumed from, until its first save
+ABANDONED = "metrics.abandoned.jsonl"  # and afterwards
 TENSORBOARD_FLUSH_S = 10.0  # a flush takes 2 to 3 ms: tensorboardX makes it reach the disk
 
 _logger = logging.getLogger(__name__)
@@ -116,24 +118,31 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
-    """Rewrites the file to hold, whole, exactly the lines of steps <= resume_step.
+    """Rewrites the file to hold, whole, exactly the lines of steps <= resume_step; those of later steps wait in LATER.
 
     Of two lines with the same step and the same fields the later stands, in the earlier one's place: a run that went
-    over a step twice reads as if it had gone over it once.
+    over a step twice reads as if it had gone over it once. Lines come back from LATER if a start resumes behind them.
     Returns: how many lines were unreadable, and how many were of later steps.
     """
+    waiting = path.with_name(LATER)
+    (found, num_damaged), (held, _) = _by_key(path), _by_key(waiting)
+    # what waits is of the branch that has checkpoints, and goes before
+    lines = sorted((found | held).items(), key=lambda line: line[0][0])
+    parts = {waiting: [line for (step, _), line in lines if step > resume_step]}
+    parts[path] = [line for (step, _), line in lines if step <= resume_step]
+    for file, part in parts.items():
+        data = b"".join(line + b"\n" for line in part)
+        if data != (file.read_bytes() if file.exists() else b""):
+            write_atomically(file, data)
+    return num_damaged, sum(step > resume_step for step, _ in found)
+
+
+def _by_key(path: Path) -> tuple[dict[tuple[int, frozenset[str]], bytes], int]:
+    """Lines by what makes two of them the same, step and fields; and how many others are damaged, not torn by the run's end."""
     lines = _read_lines(path)
     records = [_parse(line) for line in lines]
-    kept = {
-        (record["step"], frozenset(record)): line
-        for line, record in zip(lines, records, strict=True)
-        if record and record["step"] <= resume_step
-    }
-    data = b"".join(line + b"\n" for line in kept.values())
-    if path.exists() and path.read_bytes() != data:
-        write_atomically(path, data)
-    num_later = sum(record is not None and record["step"] > resume_step for record in records)
-    return records[:-1].count(None), num_later  # the last is the line that the run's end tore
+    keyed = {(record["step"], frozenset(record)): line for line, record in zip(lines, records, strict=True) if record}
+    return keyed, records[:-1].count(None)
 
 
 class _TensorBoard(EventsWriter):
@@ -169,9 +178,10 @@ class _TensorBoard(EventsWriter):
 class MetricsLog:
     """Writes records to WORKDIR/metrics.jsonl and, if asked, to WORKDIR/tensorboard; a context manager.
 
-    Opening it cuts both back to resume_step (0: a fresh run): lines of later steps and a torn last line go, every
-    earlier one stays, so the file of a run that was killed and resumed reads like an unbroken run's. For that, write
-    the record of step k and `flush` before the checkpoint of step k is committed.
+    Opening it cuts both back to resume_step (0: a fresh run): a torn last line goes, lines of later steps wait in LATER,
+    every earlier one stays, so the file of a run that was killed and resumed reads like an unbroken run's. For that, write
+    the record of step k and `settle` before the checkpoint of step k is committed. Until then the run may yet be resumed
+    behind the lines that wait, from a checkpoint that could not be read for a while.
 
     Nothing that fails while writing ends the run: TensorBoard is dropped with one warning; a line of metrics.jsonl
     waits for the next write, with one warning in all. `warn` takes the text of a warning (default: logging).
@@ -189,17 +199,19 @@ class MetricsLog:
         self._warn = warn
         self._path = Path(workdir) / FILE_NAME
         self._waiting: list[bytes] = []
+        self._torn_from: int | None = None  # bytes of the file before a line that fits in part
         self._warned = False
         remedy = "give --workdir a folder that you may write to and that has space left"
         with mendable(str(self._path), "the metrics file", remedy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             num_damaged, num_later = _cut_back(self._path, resume_step=resume_step)
-            with open(self._path, "ab") as file:
-                self._end_bytes = file.tell()  # of the last whole line
+            self._path.open("ab").close()
         if num_damaged:
             warn(f"{self._path}: took out {num_damaged} damaged lines")
         if num_later:
-            warn(f"{self._path}: took out {num_later} lines past step {resume_step}: those steps are made again")
+            warn(
+                f"{self._path}: {num_later} lines past step {resume_step} moved to {LATER}: those steps are made again"
+            )
         self._tensorboard: _TensorBoard | None = None
         if tensorboard:
             with self._tensorboard_or_off():
@@ -232,6 +244,16 @@ class MetricsLog:
             if self._tensorboard:
                 self._tensorboard.flush()
 
+    def settle(self) -> None:
+        """A save begins: `flush`, and the lines that wait in LATER are moved to ABANDONED."""
+        self.flush()
+        later = self._path.with_name(LATER)
+        with contextlib.suppress(OSError):
+            if data := later.read_bytes():
+                with open(self._path.with_name(ABANDONED), "ab") as file:
+                    file.write(data)
+            later.unlink()
+
     def close(self) -> None:
         """Makes a last try at lines that wait; says how many are lost if it fails."""
         self._append()
@@ -246,13 +268,14 @@ class MetricsLog:
         """Writes the lines that wait, in order. Opens the file anew: a stale handle (NFS) must not fail every retry."""
         try:
             with open(self._path, "ab") as file:
-                self._end_bytes = min(self._end_bytes, file.tell())
-                file.truncate(self._end_bytes)  # of a line that did not fit, a part may be there
+                if self._torn_from is not None:  # a part of a line that did not fit; never a line of another process
+                    file.truncate(self._torn_from)
                 while self._waiting:
-                    rest = self._waiting[0]
+                    rest, self._torn_from = self._waiting[0], file.seek(0, os.SEEK_END)
                     while rest:
                         rest = rest[os.write(file.fileno(), rest) :]
-                    self._end_bytes += len(self._waiting.pop(0))
+                    self._torn_from = None
+                    del self._waiting[0]
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:

@@ -32,7 +32,7 @@ class Kernel:
     keep: f32[B, N, T, S] or None, multiplies the attention weights (dropout).
     documents: (i32[B, T], i32[B, S]), a number of each position's document: query t sees keys of its own; or None.
     causal: query t sees keys s <= t; needs T == S.
-    refuses: (model config, platform, documents: bool) -> None if it serves, else the reason.
+    refuses: (model config, platform, documents: bool, deterministic: bool) -> None if it serves, else the reason.
 
     Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1 (lse, and the backward that starts from it).
     """
@@ -40,7 +40,7 @@ class Kernel:
     name: str
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-    refuses: Callable[[ModelConfig, str, bool], str | None]
+    refuses: Callable[[ModelConfig, str, bool, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _cudnn_backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, *, bia
     return dq_BTNH, dk_BSKH, dv_BSKH
 
 
-def _cudnn_refuses(model: ModelConfig, platform: str, documents: bool) -> str | None:
+def _cudnn_refuses(model: ModelConfig, platform: str, documents: bool, deterministic: bool) -> str | None:
     if platform != "gpu":
         return f"it runs on NVIDIA GPUs, not {platform}"
     if model.dtype != "bfloat16":
@@ -163,19 +163,22 @@ def _cudnn_refuses(model: ModelConfig, platform: str, documents: bool) -> str | 
         return "jax gives it no dropout of attention weights"
     if documents:
         return "it would need the mask of documents as an array of every pair of positions"
+    if deterministic:
+        return "XLA loses it where it is to be deterministic (openxla/xla, pull request 46500)"
     return None
 
 
 ATTENTION = (
     Kernel("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_refuses),
-    Kernel("xla", _xla_forward, _xla_backward, lambda model, platform, documents: None),
+    Kernel("xla", _xla_forward, _xla_backward, lambda *call: None),
 )
 
 
-def choose_attention(model: ModelConfig, platform: str, *, documents: bool) -> Choice:
+def choose_attention(model: ModelConfig, platform: str, *, documents: bool, deterministic: bool = False) -> Choice:
     """The kernel that model.attention names, or for `auto` the first of ATTENTION that serves.
 
-    documents: whether attention stays inside the documents of a row.
+    documents: whether attention stays inside the documents of a row.   deterministic: whether XLA is asked for the same bits
+      in every run (train.deterministic).
 
     Raises: UserError if a named kernel refuses.
     """
@@ -183,7 +186,7 @@ def choose_attention(model: ModelConfig, platform: str, *, documents: bool) -> C
     for kernel in ATTENTION:
         if model.attention not in ("auto", kernel.name):
             continue
-        reason = kernel.refuses(model, platform, documents)
+        reason = kernel.refuses(model, platform, documents, deterministic)
         if reason is None:
             return Choice(kernel, tuple(reasons))
         reasons.append(f"not {kernel.name}: {reason}")

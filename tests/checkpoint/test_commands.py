@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,12 @@ from test_damage import flip, kinds, offset_of
 from jaxlm.checkpoint import examine, manifest
 from jaxlm.checkpoint.__main__ import COMMANDS, main
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.restore import restore_latest_good, restore_params
+from jaxlm.checkpoint.restore import restore, restore_latest_good
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
+
+restore_params = partial(restore, step=None, part="params")
 
 SAVED = {10: 3.0, 20: 2.5, 30: None, 40: 2.75}  # step: evaluation loss
 
@@ -110,6 +113,11 @@ def test_verify_names_the_array_and_the_file_that_are_bad(workdir, capsys, monke
         "step 40: sound",
     ]
     assert not json.loads((path / "verified.json").read_text())["sound"]
+    monkeypatch.undo()
+    array = next(file for kind, file in kinds(workdir / "checkpoints" / "40").items() if kind.endswith("process_0/d/*"))
+    array.write_bytes(bytes(array.stat().st_size))  # the two that are small lie elsewhere
+    said = run(capsys, "verify", workdir, "--steps", 40)[1].splitlines()
+    assert [line.split(": ")[1].split(" can't")[0] for line in said[1:]] == ["mu", "params.kernel"], said
 
 
 def test_diff_is_a_table_of_settings_and_arrays(workdir, capsys):
@@ -131,12 +139,19 @@ def test_diff_is_a_table_of_settings_and_arrays(workdir, capsys):
     assert code == 1 and "0 settings and facts differ, 2 arrays" in out
     assert "params.kernel  float32[64,64]  float32[3]  -        -" in out and "params.ids     int32[8]        -" in out
     assert run(capsys, "diff", workdir, workdir)[0] == 0
+    many = workdir.parent / "many"
+    for seed in (1, 2):
+        with CheckpointStore(many / "checkpoints") as store:
+            store.save(seed, {f"{i}": jnp.full(2, 100.0 + seed * i) for i in range(30)}, metadata=metadata(40))
+    lines = run(capsys, "diff", many)[1].splitlines()
+    assert lines[-2] == "... and 9 arrays that differ less; --json has all" and lines[2].split()[0] == "29"
 
 
 def test_an_export_is_the_parameters_alone_in_half_the_bytes_and_restores_as_parameters(workdir, capsys, tmp_path):
-    (workdir / "config.json").write_text("{}")
+    (workdir / "data").mkdir()
+    (workdir / "data" / "chars.json").write_text("{}")
     code, _ = run(capsys, "export", workdir, "--output", tmp_path / "out", "--step", 20)
-    assert code == 0 and (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert code == 0 and (tmp_path / "out" / "data" / "chars.json").read_text() == "{}"
     like = abstract(state(0)["params"])
     restored = restore_params(tmp_path / "out" / "checkpoints", like)
     kernel = state(20)["params"]["kernel"]
@@ -201,19 +216,19 @@ def test_what_verify_found_damaged_is_no_reason_to_delete_a_sound_step(workdir, 
 
 def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):
     other = shutil.copytree(saved, tmp_path / "other")
-    with pytest.raises(UserError, match="holds checkpoints of a run") as caught:
+    with pytest.raises(UserError, match="holds checkpoints already, of steps 10, 20, 30, 40") as caught:
         run(capsys, "export", workdir, "--output", other)
     assert caught.value.exit_code == 3 and len(list((other / "checkpoints").iterdir())) == len(SAVED)
     (tmp_path / "held").mkdir()
     with RunLock(tmp_path / "held"), pytest.raises(UserError, match="training here"):
         run(capsys, "export", workdir, "--output", tmp_path / "held")
-    for step in (20, 40):  # where exports are, another may join them
-        assert run(capsys, "export", workdir, "--output", tmp_path / "exports", "--step", step)[0] == 0
+    assert run(capsys, "export", workdir, "--output", tmp_path / "once", "--step", 40)[0] == 0
+    with pytest.raises(UserError, match="holds checkpoints already, of steps 40"):
+        run(capsys, "export", workdir, "--output", tmp_path / "once", "--step", 40, "--dtype", "float32")
 
 
 def test_folders_may_be_named_from_where_one_stands(workdir, capsys, monkeypatch):
     monkeypatch.chdir(workdir.parent)
-    (workdir / "config.json").write_text("{}")
     assert main(["verify", "run", "--steps", "20"]) == 0 and "sound" in capsys.readouterr().out
     assert main(["diff", "run", "--steps", "20", "40"]) == 1
     assert main(["export", "run", "--output", "out"]) == 0

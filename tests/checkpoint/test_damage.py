@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ from closed_form import abstract, make_state, same
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest
-from jaxlm.checkpoint.restore import restore, restore_latest_good, restore_params
+from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.restore import restore, restore_latest_good
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
+
+restore_params = partial(restore, step=None, part="params")
 
 WIDTH = 4096
 LIKE = abstract(make_state(0, width=WIDTH))
@@ -71,7 +75,7 @@ def test_every_file_of_a_step_cut_or_gone_means_the_step_before(saved, directory
             os.truncate(file, left)
             caplog.clear()
             assert fall_back(directory), f"{kind} cut to {left} of {size} bytes"
-            assert str(file) in caplog.text and "step 10 passed over" in caplog.text
+            assert str(file) in caplog.text and "step 10 is passed over" in caplog.text
             shutil.copy(source, file)
         file.unlink()
         assert fall_back(directory), f"{kind} gone"
@@ -141,7 +145,7 @@ def test_a_run_that_fell_back_moves_the_bad_steps_aside_when_it_saves(directory)
     (directory / "12").mkdir()  # no checkpoint: it is not in the way of 11
     with CheckpointStore(directory) as store:
         assert store.restore_latest_good(LIKE).step == store.committed_step == 9
-        assert store.steps() == [9, 10], "nothing has happened yet"
+        assert committed_steps(store.directory) == [9, 10], "nothing has happened yet"
         store.save(10, make_state(10, width=WIDTH), metadata={"step": 10})
     assert not fall_back(directory)
     assert (directory / "abandoned" / "10" / "step.json").read_text() == "{}"
@@ -154,7 +158,7 @@ def test_a_bad_step_keeps_no_good_one_from_being_kept(directory):
     with CheckpointStore(directory) as store:
         for step in (11, 12):
             store.save(step, make_state(step, width=WIDTH))
-    assert store.steps() == [9, 10, 11, 12]
+    assert committed_steps(store.directory) == [9, 10, 11, 12]
 
 
 def test_order_is_by_step_whatever_the_clocks_say(directory):
@@ -164,12 +168,11 @@ def test_order_is_by_step_whatever_the_clocks_say(directory):
     assert not fall_back(directory)
 
 
-def test_a_step_from_before_checksums_loads_with_a_warning(tmp_path, caplog):
-    state = {"params.kernel": jnp.arange(8.0), "step": jnp.int32(4)}
-    ocp.save_checkpointables(str(tmp_path / "4"), {"state": state}, custom_metadata={"tokens": 12})
-    restored = restore_latest_good(tmp_path, abstract({"params": {"kernel": jnp.ones(8)}, "step": jnp.int32(0)}))
-    assert restored.metadata == {"tokens": 12} and restored.state["params"]["kernel"].tolist() == list(range(8))
-    assert "saved without checksums" in caplog.text
+def test_a_step_without_its_manifest_is_never_loaded_and_never_taken_for_no_step(tmp_path):
+    ocp.save_checkpointables(str(tmp_path / "4"), {"state": {"kernel": jnp.arange(8.0)}})
+    with pytest.raises(UserError, match=r"none of its checkpoints is sound:\n.*4/step.json: missing") as caught:
+        restore_latest_good(tmp_path, abstract({"kernel": jnp.ones(8)}))
+    assert caught.value.exit_code == 3
 
 
 def test_being_out_of_memory_is_no_word_against_a_step(directory, monkeypatch):

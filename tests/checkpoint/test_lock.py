@@ -12,6 +12,7 @@ import pytest
 from closed_form import make_state
 
 from jaxlm.checkpoint import lock
+from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
@@ -102,7 +103,7 @@ def test_a_run_on_another_host_is_believed_until_its_heartbeat_is_five_minutes_o
         with RunLock(tmp_path) as taken:
             assert "taken over from far" in caplog.text
             taken.check()
-            with pytest.raises(UserError, match="was taken over by .*: this run commits nothing more") as lost:
+            with pytest.raises(UserError, match="was taken over by .*: this run writes nothing more") as lost:
                 held.check()
             assert lost.value.exit_code == 3
     assert not (tmp_path / "lock.1").exists(), "who lost a lock leaves the winner's alone"
@@ -111,11 +112,30 @@ def test_a_run_on_another_host_is_believed_until_its_heartbeat_is_five_minutes_o
 def test_the_heartbeat_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.02)
     with RunLock(tmp_path):
-        on_another_host(tmp_path / "lock.1", silent_s=1000)
+        os.utime(tmp_path / "lock.1", (time.time() - 1000,) * 2)
         deadline = time.monotonic() + 5
         while time.time() - (tmp_path / "lock.1").stat().st_mtime > 100:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_lock_file_that_somebody_removed_is_made_again_unless_another_run_was_faster(tmp_path, caplog):
+    with RunLock(tmp_path) as held:
+        (tmp_path / "lock.1").unlink()
+        held.check()  # as before each line and each commit, and every heartbeat
+        assert "lock.1 was removed, and is made again" in caplog.text and (tmp_path / "lock.1").is_file()
+        with pytest.raises(UserError, match=f"training here since .*, pid {os.getpid()}"):
+            RunLock(tmp_path).__enter__()
+        held.check()
+        (tmp_path / "lock.1").unlink()
+        faster = Race(tmp_path, runners=1)
+        try:
+            assert faster.winners and (tmp_path / "lock.1").is_file()  # of the same name, and not ours
+            with pytest.raises(UserError, match="was taken over by .*: this run writes nothing more") as lost:
+                held.check()
+            assert lost.value.exit_code == 3 and held.lost
+        finally:
+            faster.kill()
 
 
 def test_whoever_insists_gets_it_and_the_other_commits_nothing_more(tmp_path):
@@ -130,4 +150,4 @@ def test_whoever_insists_gets_it_and_the_other_commits_nothing_more(tmp_path):
             assert store.save(3, make_state(3, width=64))
             store.wait()
             assert [outcome.error is None for outcome in store.poll()] == [True, False]
-            assert store.steps() == [1]
+            assert committed_steps(store.directory) == [1]

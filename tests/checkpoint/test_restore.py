@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.checkpoint import restore as restore_module
 from jaxlm.checkpoint.layout import name_leaves
-from jaxlm.checkpoint.restore import restore, restore_latest_good, restore_params
+from jaxlm.checkpoint.restore import restore, restore_latest_good
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
+
+restore_params = partial(restore, step=None, part="params")
 
 small = partial(make_state, width=64)
 

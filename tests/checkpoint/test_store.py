@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from closed_form import abstract, make_state, next_state, same
 
 from jaxlm.checkpoint import checksum, store
+from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
@@ -67,13 +68,15 @@ def test_a_first_save_that_was_rehearsed_compiles_nothing(checkpoints):
             checkpoints.save(step, small(step, width=width))
         checkpoints.wait()
         programs.append(checksum._sums._cache_size())
-    assert programs[0] == programs[1] < programs[2] and checkpoints.steps() == [1, 2]
+    assert programs[0] == programs[1] < programs[2] and committed_steps(checkpoints.directory) == [1, 2]
 
 
 def test_a_step_counts_as_committed_only_once_its_save_has_ended(checkpoints, monkeypatch):
     go = hold_saves(monkeypatch)
     assert checkpoints.save(5, small(5))
-    assert checkpoints.poll() == [] and checkpoints.committed_step is None and checkpoints.steps() == []
+    assert (
+        checkpoints.poll() == [] and checkpoints.committed_step is None and committed_steps(checkpoints.directory) == []
+    )
     go.set()
     checkpoints.wait()
     (outcome,) = checkpoints.poll()
@@ -94,7 +97,8 @@ def test_a_failed_save_is_told_and_the_same_step_can_be_tried_again(checkpoints,
         (5, "OSError: No space left on device", 1),
         (5, "OSError: No space left on device", 2),
     ]
-    assert (committed.step, committed.error, committed.failures) == (5, None, 0) and checkpoints.steps() == [5]
+    assert (committed.step, committed.error, committed.failures) == (5, None, 0)
+    assert committed_steps(checkpoints.directory) == [5]
 
 
 def test_a_failure_that_nobody_polled_is_logged_at_the_end(tmp_path, monkeypatch, caplog):
@@ -110,7 +114,7 @@ def test_a_removed_directory_is_made_again(checkpoints):
     shutil.rmtree(checkpoints.directory)
     checkpoints.save(2, small(2))
     assert [outcome.error for outcome in checkpoints.close()] == [None, None]
-    assert checkpoints.steps() == [2]
+    assert committed_steps(checkpoints.directory) == [2]
 
 
 def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
@@ -119,8 +123,8 @@ def test_the_newest_the_round_and_the_best_are_kept(tmp_path):
         for step, loss in losses.items():
             opened.save(step, small(step), metadata={"metrics": {} if loss is None else {"eval_loss": loss}})
     # among equals the later is the better; 10 was the second best until the end, 3 and 20 were pushed out
-    assert opened.steps() == [10, 100, 110, 120, 130]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(map(str, opened.steps()))
+    assert committed_steps(opened.directory) == [10, 100, 110, 120, 130]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(map(str, committed_steps(opened.directory)))
     assert Retention(1).reasons({1: None, 2: None}) == {2: ["newest"]} and Retention(1).reasons({}) == {}
 
 
@@ -147,7 +151,7 @@ def test_what_stands_in_the_way_of_a_save_is_moved_aside(checkpoints, caplog):
     for step in (7, 8):
         assert checkpoints.save(step, small(step))
     assert [outcome.error for outcome in checkpoints.close()] == [None, None]
-    assert checkpoints.steps() == [7, 8]
+    assert committed_steps(checkpoints.directory) == [7, 8]
     assert (checkpoints.directory / "abandoned" / "8").read_text() == "precious"
     assert caplog.text.count("stood in the way") == 2
     assert (checkpoints.directory / "abandoned" / "notes.txt").read_text().count("stood in the way") == 2

@@ -14,7 +14,7 @@ import pytest
 from jaxlm.checks import check, ignored
 from jaxlm.config import Config, DataConfig, ModelConfig, Problem, TrainConfig, UserError, derived
 from jaxlm.data.blend import Blend
-from jaxlm.data.corpus import evaluation_loader, open_corpus, parse_train, same_weights, training_loader
+from jaxlm.data.corpus import evaluation_loader, open_corpus, parse_train, sets_read, training_loader
 from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
 from jaxlm.data.samples import Windows
@@ -245,11 +245,19 @@ def test_lengths_and_infill_reach_the_rows(sets: list[str], tmp_path: Path) -> N
         (("0.7:a", "0.3:b"), ("0.7:a", "0.3:b", "1@80:c"), True),
         (("0.7:a", "0.3:b"), ("0.3:b", "0.7:a"), False),
         (("a",), ("a", "b"), False),
-        (("a",), ("a",), True),
+        (("a",), ("moved/a",), True),
+        (("a",), ("b",), False),
     ],
 )
-def test_weights_may_change_where_no_step_was_taken(before: tuple, after: tuple, same: bool) -> None:
-    assert same_weights(before, after, steps=50) == same
+def test_what_was_read_is_sets_wherever_they_lie_and_their_weights_until_then(
+    before: tuple, after: tuple, same: bool
+) -> None:
+    one, other = (sets_read(entries, [entry[-1] for entry in entries], steps=50) for entries in (before, after))
+    assert (one == other) == same
+
+
+def test_one_text_has_one_set() -> None:
+    assert sets_read((), ["x"], steps=50) == [("x", [])] != sets_read((), ["y"], steps=50)
 
 
 @pytest.mark.parametrize(

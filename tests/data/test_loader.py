@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -168,6 +170,16 @@ def test_wait_is_the_time_the_consumer_stood_still() -> None:
         assert next(values)[1] > 0.02
         time.sleep(0.3)  # the other two are made meanwhile
         assert next(values)[1] < 0.02
+
+
+def test_a_value_that_is_never_made_holds_up_no_error_and_no_exit() -> None:
+    child = (
+        "import sys, threading, time; from jaxlm.data import loader; loader.CLOSE_S = 0.2\n"
+        "with loader.Prefetch(lambda step: threading.Event().wait(), start=0, stop=9, depth=2):\n"
+        "    time.sleep(0.1); raise RuntimeError('first')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: first\n")
 
 
 def leaked() -> bool:

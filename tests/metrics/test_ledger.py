@@ -50,7 +50,10 @@ def test_one_start_is_accounted_for_phase_by_phase(tmp_path, clock):
     want = {"init": 3, "restore": 1, "compile": 7, "step": 20, "data wait": 5, "save": 2, "evaluate": 4, "end": 2}
     assert account.spent_s == pytest.approx(dict.fromkeys(PHASES, 0) | want, abs=1e-5)
     assert account.wall_s == pytest.approx(44) and account.productive_frac == pytest.approx(20 / 44)
-    assert "one start" in str(account) and "45.5% in steps that count" in str(account)
+    assert str(account).split("\n") == [
+        "0:00:44 since the first of one start, 45.5% in steps that count",
+        "      compile 7.0 s, data wait 5.0 s, evaluate 4.0 s, init 3.0 s, save 2.0 s, end 2.0 s, restore 1.0 s",
+    ]
 
 
 def test_after_a_kill_the_steps_made_again_are_lost_and_the_pause_is_down(tmp_path, clock):
@@ -107,7 +110,6 @@ def test_a_full_disk_costs_no_run_and_no_second(tmp_path, clock):
     workdir = tmp_path / "run"
     workdir.mkdir()
     ledger = clock.start(workdir)
-    (workdir / FILE_NAME).unlink()
     workdir.rmdir()  # every write fails now
     train(clock, ledger, 0, 20)
     workdir.mkdir()
@@ -117,6 +119,7 @@ def test_a_full_disk_costs_no_run_and_no_second(tmp_path, clock):
 
 def test_a_line_that_fits_in_part_keeps_its_seconds_for_the_next(tmp_path, clock):
     ledger = clock.start(tmp_path)
+    ledger.resume(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE_NAME).stat().st_size + 10, hard))
     try:
@@ -127,8 +130,19 @@ def test_a_line_that_fits_in_part_keeps_its_seconds_for_the_next(tmp_path, clock
     assert read_account(tmp_path).spent_s["step"] == pytest.approx(40, abs=1e-5)
 
 
-def test_a_folder_without_an_account_has_none(tmp_path):
+def test_a_start_that_made_no_step_is_none(tmp_path, clock):
     assert read_account(tmp_path) is None
+    for steps in (5, None, None, 9):
+        with clock.start(tmp_path) as ledger:
+            clock.spend(ledger, "restore", EVERY_S + 1)  # refused, or done already
+            if steps:
+                train(clock, ledger, steps - 5, steps)
+        clock.now += 100
+    account = read_account(tmp_path)
+    assert account.starts == 2 and account.spent_s["restore"] == pytest.approx(2 * (EVERY_S + 1))
+    assert account.spent_s["lost"] == pytest.approx(2.0) and account.spent_s["down"] == pytest.approx(
+        300 + 2 * (EVERY_S + 1)
+    )
 
 
 def test_whoever_listens_hears_every_phase(tmp_path, clock):

@@ -33,7 +33,7 @@ def record(step: int, **fields: object) -> dict[str, object]:
 
 def test_a_log_line_says_everything_with_the_loss_to_its_last_bit():
     stream = io.StringIO()
-    with Progress(num_steps=1000, start_step=0, stream=stream, clock=Clock()) as progress:
+    with Progress(num_steps=1000, stream=stream, clock=Clock()) as progress:
         progress.update(record(1))
     assert stream.getvalue() == (
         "step 1/1000  loss 10.826174  lr 3.00e-04  grad 1.23  123k tok/s  mfu 41.2%  wait 2%  eta 0:04:10\n"
@@ -86,7 +86,7 @@ def test_unknown_fields_are_left_out_and_nan_is_shown():
     stream = io.StringIO()
     with Progress(num_steps=9, stream=stream, clock=Clock()) as progress:
         progress.update({"step": 1, "loss": float("nan"), "mfu": None, "grad_norm": float("inf")})
-    assert stream.getvalue().startswith("step 1/9  loss nan  grad inf  eta ")
+    assert stream.getvalue() == "step 1/9  loss nan  grad inf\n"
 
 
 def on_terminal(columns: int, show) -> str:

@@ -74,20 +74,21 @@ def test_mfu_counts_all_devices():
 def test_meter_averages_over_the_steps_since_the_previous_record():
     meter = StepMeter(flops_per_token=1e9, peak_flops_per_s=1e12, num_devices=2)
     meter.start(time_s=100.0)
-    meter.step(time_s=103.0, data_wait_s=0.5, tokens=1000)
-    meter.step(time_s=104.0, data_wait_s=0.0, tokens=1000)
+    meter.wait(0.5)
+    meter.step(time_s=103.0, tokens=1000)
+    meter.step(time_s=104.0, tokens=1000)
     # 2 s a step, 500 tokens/s, 5e11 of 2e12 FLOP/s, a quarter second of waiting a step
     assert meter.take() == {"step_time_s": 2.0, "tokens_per_s": 500.0, "mfu": 0.25, "data_wait_s": 0.25}
-    meter.step(time_s=105.0, data_wait_s=0.125, tokens=1000)
+    meter.step(time_s=105.0, tokens=1000)
     assert meter.take()["step_time_s"] == 1.0
 
 
 def test_meter_leaves_out_what_happens_before_a_start():
     meter = StepMeter(flops_per_token=1e9, peak_flops_per_s=None, num_devices=1)
     meter.start(time_s=0.0)
-    meter.step(time_s=1.0, data_wait_s=0.0, tokens=1000)
+    meter.step(time_s=1.0, tokens=1000)
     meter.start(time_s=61.0)  # an evaluation took a minute
-    meter.step(time_s=62.0, data_wait_s=0.0, tokens=1000)
+    meter.step(time_s=62.0, tokens=1000)
     assert meter.take() == {"step_time_s": 1.0, "tokens_per_s": 1000.0, "mfu": None, "data_wait_s": 0.0}
 
 

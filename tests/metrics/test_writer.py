@@ -66,6 +66,38 @@ def plain(line):
     return {key: float(value) if isinstance(value, np.float32) else value for key, value in line.items()}
 
 
+def test_lines_behind_a_checkpoint_that_was_unreadable_for_a_while_come_back_with_it(tmp_path):
+    write_run(tmp_path, range(1, 13))
+    whole = content(tmp_path)
+    write_run(tmp_path, [], resume_step=6)  # step 12 can not be read, nor 9: from 6 again, killed at once, and again
+    with MetricsLog(tmp_path, tensorboard=False, resume_step=6) as log:
+        log.write(record(8, loss=0.5))  # of other settings, that log every second step
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 8]
+    MetricsLog(tmp_path, tensorboard=False, resume_step=12).close()  # now it can
+    assert content(tmp_path) == whole and not (tmp_path / "metrics.later.jsonl").read_bytes()
+
+
+def test_a_save_gives_up_the_lines_of_steps_that_are_made_again_and_keeps_them(tmp_path):
+    write_run(tmp_path, range(1, 13))
+    with MetricsLog(tmp_path, tensorboard=False, resume_step=6) as log:
+        log.write(record(7, loss=0.5))
+        log.settle()
+    MetricsLog(tmp_path, tensorboard=False, resume_step=12).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 7]
+    given_up = (tmp_path / "metrics.abandoned.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in given_up] == [7, 8, 8, 9, 10, 11, 12, 12]
+
+
+def test_an_append_never_cuts_what_another_process_wrote(tmp_path):
+    mine = MetricsLog(tmp_path, tensorboard=False, resume_step=0)
+    mine.write(record(1))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n')
+    mine.write(record(3))
+    mine.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_a_damaged_line_costs_no_other_line_and_is_reported(tmp_path):
     write_run(tmp_path, range(1, 4))
     lines = content(tmp_path).split(b"\n")

@@ -1,5 +1,6 @@
 """A kernel's forward and backward are softmax attention and its derivative, over whole rows or a block of their keys."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -13,7 +14,8 @@ from jaxlm.config import UserError
 from jaxlm.models import kernels
 from jaxlm.models.kernels import ATTENTION, choose_attention
 from jaxlm.parallel.context import attend
-from jaxlm.session import refuse_nondeterministic
+from jaxlm.parallel.rules import Layout
+from jaxlm.step import abstract_state, make_program
 
 CUDNN, XLA = (next(kernel for kernel in ATTENTION if kernel.name == name) for name in ("cudnn", "xla"))
 FORWARD, BACKWARD = (jax.jit(local, static_argnames="causal") for local in (XLA.forward, XLA.backward))
@@ -130,8 +132,17 @@ def test_cudnn_says_why_it_does_not_serve():
         )
 
 
-def test_a_kernel_that_can_not_repeat_its_bits_is_refused_where_they_are_asked_for():
-    for deterministic, kernel in ((True, "xla"), (False, "cudnn")):
-        refuse_nondeterministic(tiny.config(train=dict(deterministic=deterministic)), kernel)
-    with pytest.raises(UserError, match="set model.attention=xla"):
-        refuse_nondeterministic(tiny.config(train=dict(deterministic=True)), "cudnn")
+def test_a_kernel_that_can_not_repeat_its_bits_is_passed_over_or_refused_where_they_are_asked_for():
+    model = tiny.config(dtype="bfloat16", embed_dim=48).model
+    choice = choose_attention(model, "gpu", documents=False, deterministic=True)
+    assert str(choice).startswith("xla (not cudnn: XLA loses it where it is to be deterministic")
+    with pytest.raises(UserError, match="not cudnn: XLA loses it"):
+        choose_attention(dataclasses.replace(model, attention="cudnn"), "gpu", documents=False, deterministic=True)
+
+
+def test_what_is_chosen_for_a_program_is_what_its_layers_run(monkeypatch):
+    monkeypatch.setattr(Layout, "platform", property(lambda layout: "gpu"))
+    for deterministic, kernel in ((False, "cudnn"), (True, "xla")):
+        c = tiny.config(dtype="bfloat16", embed_dim=48, num_layers=1, train=dict(deterministic=deterministic))
+        program = make_program(c, tiny.layout())
+        assert kernel == program.model(abstract_state(program).params).layers[0].attn.model.attention
