@@ -66,9 +66,9 @@ from jaxlm.step import (
     StepMetrics,
     TrainState,
     abstract_state,
+    feed,
     init_state,
     make_program,
-    put_batch,
     with_recent,
     without_recent,
 )
@@ -278,7 +278,7 @@ class Loop:
         return self.compiled.step(state, batch)
 
     def _batch(self, index: int) -> Any:
-        return put_batch(self.program, self.loader.batch(index))
+        return feed(self.program, self.loader, index)
 
     def _read_pending(self) -> None:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
@@ -321,7 +321,7 @@ class Loop:
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
             unasked = itertools.takewhile(lambda _: self.stop.exit_code is None, range(count))
-            rows = (put_batch(self.program, held_out.batch(i)) for i in unasked)
+            rows = (feed(self.program, held_out, i) for i in unasked)
             found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows, seen=seen)
             if self.stop.exit_code is not None:
                 return
