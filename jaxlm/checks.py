@@ -52,6 +52,7 @@ AT_LEAST = {
     "train.sdc_check_every": 0, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
     "checkpoint.keep_every": 0, "checkpoint.keep_best": 0,
+    "hosts.join_s": 1, "hosts.heartbeat_s": 1, "hosts.wait_s": 1,
     "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
 }  # fmt: skip
 

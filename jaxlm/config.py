@@ -230,6 +230,13 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    join_s: float = setting(300.0, "seconds until all processes of a run must be there")
+    heartbeat_s: float = setting(60.0, "seconds of silence after which a process is gone, and all the others leave")
+    wait_s: float = setting(1800.0, "seconds that processes wait for one another to open, restore and finish a run")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every_steps: int = setting(1, "steps between progress and metrics lines")
     tensorboard: bool = setting(True, "write TensorBoard events to WORKDIR/tensorboard")
@@ -247,6 +254,7 @@ class Config:
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
+    hosts: HostsConfig = HostsConfig()
     log: LogConfig = LogConfig()
 
 

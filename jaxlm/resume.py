@@ -91,18 +91,17 @@ class Made:
 
     def _matters(self, key: str, now: Config, mesh: Mapping[str, int]) -> bool:
         """Whether a changed `key` changes what the run does: some settings count only together with others."""
-        before = self.config
+        before, skipped = self.config, [skipped_batches(config.data.skip_steps) for config in (self.config, now)]
+        last = [batch_of(config.train.num_steps - 1, skip) for config, skip in zip((before, now), skipped)]
+        shuffles = now.data.order == "megatron" and last[0] != last[1]  # all batches up to the last as one
         if key in MASKS:
             return now.model.dropout > 0 and _microbatches(before, self.mesh) != _microbatches(now, mesh)
-        old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
-        ends = batch_of(before.train.num_steps - 1, old) != batch_of(now.train.num_steps - 1, new)
-        shuffles = now.data.order == "megatron" and ends  # all batches up to the last as one
         if key == "train.num_steps":  # the horizon of the schedules that end there
             return now.optim.schedule in ("cosine", "linear", "wsd") or shuffles
         if key == "data.eval":  # with sets of its own for evaluation, a run trains on all of the others
             return bool(before.data.eval) != bool(now.data.eval)
         if key == "data.skip_steps":  # batches that are still to come may be left out
-            return shuffles or any(batch_of(i, old) != batch_of(i, new) for i in range(self.step))
+            return shuffles or any(batch_of(i, skipped[0]) != batch_of(i, skipped[1]) for i in range(self.step))
         return True
 
     def _refusal(self, what: str, keys: Sequence[str], now: Config, *, allow: Sequence[str] = ()) -> Problem:

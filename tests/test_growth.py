@@ -54,7 +54,7 @@ def test_a_run_that_grows_resumes_to_the_bit_and_names_what_it_evaluates(folder:
     assert run(folder, "unbroken") == 0
     assert run(folder, "broken", steps=7) == 0
     for weights in ("0.7/0.2@5", "0.6/0.2@6", "0.7"):  # steps that were taken read other rows
-        with pytest.raises(UserError, match=r"made with other data or updates(.|\n)*data\.train"):
+        with pytest.raises(UserError, match=r"token sets are not those(.|\n)*data\.train"):
             run(folder, "broken", weights=weights)
     kept = (folder / "high.idx").read_bytes(), (folder / "high.bin").read_bytes()
     merge([str(folder / "high"), str(folder / "low")], str(folder / "high"))
