@@ -23,7 +23,6 @@ from jaxlm.data.documents import expand, parse, read_chunks
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.preprocess import main
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.settings import run_main
 
 TEXTS = ["hello world", "", "naïve 日本 🙂", "x" * 5000, "\n", "a\\u2028b"]
 
@@ -38,12 +37,21 @@ def documents_of(prefix: Path) -> list[str]:
 
 
 def preprocess(tmp_path: Path, *arguments: object) -> int:
-    """The command's exit code."""
+    """The command's exit code; what it refuses is on stderr."""
     options = ["--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "1"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
-        patch.setattr(sys, "argv", ["preprocess", *options, *map(str, arguments)])
-        run_main(main)
-    return int(str(done.value.code))
+    try:
+        return main([*options, *map(str, arguments)])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def test_the_command_says_error_and_exits_with_2(
+    tmp_path: Path, run_module: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_module("jaxlm.data.preprocess", "--input", "no.txt", "--output-prefix", "o", "--tokenizer", "bytes")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 3
+    assert done.stderr.startswith("error: --input: no.txt\n  matches no file from ")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "jsonl.gz", "jsonl.zst"])
@@ -128,7 +136,7 @@ def test_a_bad_line_is_an_error_with_its_number_and_reason(
     (tmp_path / "in.jsonl").write_bytes(jsonl(["good", "too"]) + b"\n" + line + b"\n" + jsonl(["more"]))
     assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl") == 2
     error = capsys.readouterr().err
-    assert f"in.jsonl, line 4\n  {reason}" in error and error.startswith("error: ")
+    assert f"in.jsonl, line 4\n  {reason}" in error
     assert error.count("\n") == 3 and "--max-bad-lines" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
