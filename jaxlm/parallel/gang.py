@@ -79,6 +79,11 @@ class _Hub(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
 
+    @property
+    def others(self) -> list[int]:
+        """The processes beside 0 that are still connected."""
+        return [process for process in [*self._members] if process != 0]
+
     def run(self) -> None:
         try:
             beat_s = 0.0
@@ -231,6 +236,7 @@ class Gang:
         if error is None:
             self.settle(END)
             self._send({"kind": "bye"})
+            self._leave_last()
             return
         if not isinstance(error, UserError):  # a collective fails when a peer dies: who it was is on its way
             time.sleep(2 * LEAVE_S)
@@ -238,8 +244,13 @@ class Gang:
         said = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, UserError) else Exit.UNUSABLE
         self._send({"kind": "left", "why": f"left: {str(said)[:2000]}", "code": code})
-        if self._hub:
-            time.sleep(LEAVE_S / 2)  # what everybody hears is this thread's to send
+        self._leave_last()
+
+    def _leave_last(self) -> None:
+        """Process 0 tells the others who is gone, and jax's service, which ends them without a word, goes with it."""
+        end_s = time.monotonic() + 3 * LEAVE_S
+        while self._hub and self._hub.others and time.monotonic() < end_s:
+            time.sleep(0.02)
 
     def settle(
         self, at: str, value: Any = None, judge: Callable[[list], Any] = lambda values: None, *, limit_s: float = 0.0
@@ -318,8 +329,10 @@ class Gang:
         self._ending = True
         if answer["kind"] == "refused":
             rule, remedy = answer["why"], "start each process once, with a number of its own and the same count"
-        else:
+        elif at == "start":
             rule, remedy = answer["why"], "see their output; every process needs the same address and count"
+        else:
+            rule, remedy = answer["why"], f"see its output; {RERUN}"
         where = f"process {self.process} of {self.count}, process 0 at {self.host}:{self._port}"
         raise UserError(Problem(where, rule, remedy), exit_code=Exit.UNUSABLE)
 
@@ -366,4 +379,5 @@ class Gang:
         last.join(LEAVE_S)
         with suppress(Exception):
             sys.stdout.flush()
+        self._leave_last()
         os._exit(code)
