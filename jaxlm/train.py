@@ -50,17 +50,7 @@ from jaxlm.session import (
     use_device_settings,
     with_corpus,
 )
-from jaxlm.settings import (
-    Parser,
-    Resolved,
-    keys_help,
-    load_file,
-    resolve,
-    run_main,
-    split_overrides,
-    to_json,
-    warnings_to,
-)
+from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
 from jaxlm.step import (
     Program,
     StepMetrics,
@@ -101,11 +91,8 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         earlier = read_account(workdir)
         train, before_s = config.train, earlier.running_s if earlier else 0
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
-        stack.enter_context(warnings_to(progress.note))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
-        ledger = stack.enter_context(
-            Ledger(workdir, on_enter=watchdog.expect, may_write=lambda: not (lock and lock.lost))
-        )
+        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect, lost=lambda: bool(lock and lock.lost)))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note))
         layout, made = open_mesh(config), last_made(workdir, progress.note)
@@ -136,9 +123,8 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
         write_down(workdir, resolved, program, compiled, facts)
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
-        log = stack.enter_context(
-            MetricsLog(workdir, tensorboard=config.log.tensorboard, resume_step=start, warn=progress.note)
-        )
+        tensorboard = config.log.tensorboard
+        log = stack.enter_context(MetricsLog(workdir, tensorboard=tensorboard, resume_step=start, warn=progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
             progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,

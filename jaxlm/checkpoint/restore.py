@@ -46,7 +46,6 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
     A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
     is. What is no checkpoint is skipped.
 
-    Args: as `restore`.
     Raises: UserError (exit code 3) with a list of what is wrong if there are steps and none is sound. UserError with a table
       of (path, saved, now) if names, shapes or dtypes of the newest sound step differ.
     """
