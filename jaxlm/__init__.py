@@ -2,7 +2,9 @@
 
 Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml holds the contract):
   train.py                                      the loop: start reading here
+  opening.py                                    how the processes of a run open it, and hold each other to one another
   evaluate.py generate.py report.py             tools over a finished or running workdir
+  launch.py doctor.py                           starting several processes; looking at a machine
   plan/                                         what a config would do, before any device is touched
   header.py                                     what a run says of itself before its first step
   compiled.py                                   the step as a compiled program: what it needs and sends
@@ -10,7 +12,7 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   session.py                                    what the loop and the tools both open: data, program, checkpoints
   step.py                                       one update: model x loss x optimizer x mesh
   models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
-  parallel/                                     mesh, sharding table, attention over a mesh
+  parallel/                                     mesh, sharding table, attention over a mesh, several processes
   guards.py                                     signals, watchdog, errors on the way out
   settings.py checks.py config.py               from files and flags to frozen dataclasses
 """

@@ -92,6 +92,9 @@ class PipelineConfig:
     )
     microbatches: int = setting(0, "pieces of a batch that follow one another through the stages (0: 4 a stage)")
     repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
+    in_place: bool = setting(
+        False, "with 1f1b: activations are kept where they are made, not copied; compiles several times as long"
+    )
     stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
 
     def pieces(self, stages: int) -> int:
@@ -168,7 +171,7 @@ class DataConfig:
     )
     train: tuple[str, ...] = setting(
         (),
-        "tokenized sets to train on (instead of path): PREFIX, or with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
+        "tokenized sets to train on, not path: PREFIX (also gs://, s3://), with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
     )
     eval: tuple[str, ...] = setting(
         (), "tokenized sets to evaluate on, PREFIX or NAME=PREFIX (none: cut from the training set by split)"
@@ -227,6 +230,13 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    join_s: float = setting(300.0, "seconds until all processes of a run must be there")
+    heartbeat_s: float = setting(60.0, "seconds of silence after which a process is gone, and all the others leave")
+    wait_s: float = setting(1800.0, "seconds that processes wait for one another to open, restore and finish a run")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every_steps: int = setting(1, "steps between progress and metrics lines")
     tensorboard: bool = setting(True, "write TensorBoard events to WORKDIR/tensorboard")
@@ -244,6 +254,7 @@ class Config:
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
+    hosts: HostsConfig = HostsConfig()
     log: LogConfig = LogConfig()
 
 

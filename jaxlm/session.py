@@ -11,8 +11,11 @@ import math
 import os
 import shutil
 import sys
+import tempfile
+import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.parallel.context import choose_context
+from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.mesh import make_layout, make_mesh
+from jaxlm.parallel.multihost import visible_gpus
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
@@ -105,6 +110,11 @@ def open_tool_program(config: Config, *, plain: bool) -> Program:
         return open_program(config)
     rows, width = config.train.batch_unit // config.train.accumulate, config.model.embed_dim
     count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
+    if count < jax.device_count() and jax.process_count() > 1:
+        rule = (
+            f"rows and width split over {count} of the {jax.device_count()} devices of {jax.process_count()} processes"
+        )
+        raise UserError(Problem("a tool's mesh", rule, "run the tool by itself, in one process"))
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
     return open_program(config, jax.devices()[:count])
 
@@ -144,10 +154,10 @@ def use_device_settings(config: Config) -> None:
 
 def check_accelerator() -> None:
     """Raises UserError where an NVIDIA GPU is present and jax can't use it; JAX_PLATFORMS=cpu says that it is meant."""
-    gpus = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+    gpus = visible_gpus()
     if gpus and not os.environ.get("JAX_PLATFORMS") and jax.default_backend() == "cpu":
         remedy = f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}' (cuda12 for drivers older than 580)"
-        raise UserError(Problem(f"{len(gpus)} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))
+        raise UserError(Problem(f"{gpus} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))
 
 
 def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
@@ -210,7 +220,7 @@ def preflight(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         inside = (workdir / name for name in ("checkpoints", "data", "tensorboard"))
         for folder in (workdir, *(path for path in inside if path.is_dir())):
-            probe = folder / f".probe-{os.getpid()}"
+            probe = folder / f".probe-{uuid.uuid4().hex}"
             probe.write_bytes(b"jaxlm")
             probe.replace(probe.with_suffix(".moved"))
             probe.with_suffix(".moved").unlink()
@@ -219,3 +229,28 @@ def preflight(workdir: Path) -> None:
         raise UserError(Problem(f"--workdir={workdir}", f"can't be written: {e}", "choose a folder of yours")) from e
     if free < 2**20:
         raise UserError(Problem(f"--workdir={workdir}", f"has {free} bytes free", "make room, or choose another disk"))
+
+
+@contextmanager
+def own_folder(gang: Gang, workdir: Path) -> Iterator[Path]:
+    """Where this process writes what one process of a run writes down: process 0 in the workdir, which is everybody's; any
+    other in a folder that is thrown away.
+
+    Raises: UserError (exit code 3) naming a process that does not see the workdir of process 0.
+    """
+    mark = workdir / f".seen-{gang.settle('a mark in the workdir', uuid.uuid4().hex, lambda names: names[0])}"
+    with gang.together("making the workdir"):
+        if gang.process == 0:
+            preflight(workdir)
+            mark.touch()
+    with gang.together("opening the workdir"):
+        preflight(workdir)
+        if not mark.exists():
+            rule, remedy = "is not the folder that process 0 has", "name one on a file system that all hosts share"
+            raise UserError(Problem(f"--workdir={workdir}", rule, remedy), exit_code=Exit.UNUSABLE)
+    if gang.process == 0:
+        mark.unlink()
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxlm-") as scratch:
+        yield Path(scratch)

@@ -279,15 +279,16 @@ def progress_bar(total: int, what: str, unit: str, **more: Any) -> tqdm:
 def run_main(main: Callable[[Sequence[str]], int]) -> typing.NoReturn:
     """Exits with what `main(arguments)` returns; a UserError is printed as its three lines and gives its exit code.
 
-    Any other error ends the process right after its traceback, the last thing printed: what jax would run at exit may
-    wait for a device that failed.
+    An error ends the process right after what is printed of it: what jax would run at exit may wait for a device, or
+    for another process, that failed.
     """
     try:
         with warnings_to(partial(print, file=sys.stderr)):
             code = main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = e.exit_code
+        sys.stdout.flush()
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(e.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = Exit.INTERRUPTED

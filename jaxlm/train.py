@@ -7,6 +7,7 @@ four hops away: main -> run -> step.train_step -> mean_loss_and_grads -> value_a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import shlex
@@ -26,7 +27,7 @@ from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
 from jaxlm.config import Config, Exit, Problem, UserError
-from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
+from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.generate import write_sample
 from jaxlm.guards import Closing, StopSignals, Watchdog, explained
@@ -37,28 +38,39 @@ from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
+from jaxlm.opening import Work, open_work, take_lock
+from jaxlm.parallel.gang import Gang, Limits
+from jaxlm.parallel.multihost import ALONE, Place, agree, find_place, join
 from jaxlm.parallel.replicas import step_twice
+from jaxlm.parallel.votes import Asked, slow_devices
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
-from jaxlm.resume import last_made, owes_evaluation
+from jaxlm.resume import owes_evaluation
 from jaxlm.session import (
     evaluate_batches,
-    open_mesh,
     open_tool_program,
-    preflight,
+    own_folder,
     restore_params,
     use_device_settings,
-    with_corpus,
 )
-from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, to_json
+from jaxlm.settings import (
+    Parser,
+    Resolved,
+    keys_help,
+    load_file,
+    resolve,
+    run_main,
+    split_overrides,
+    to_json,
+    warnings_to,
+)
 from jaxlm.step import (
     Program,
     StepMetrics,
     TrainState,
     abstract_state,
+    feed,
     init_state,
-    make_program,
-    put_batch,
     with_recent,
     without_recent,
 )
@@ -74,60 +86,68 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE.py[:arg]", help="the settings to start from")
     parser.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<config name>)")
     parser.add_argument("--force-lock", action="store_true", help="take the folder from a run that seems to hold it")
+    hosts = parser.add_argument_group("several processes", "where SLURM, Open MPI or the environment does not say it")
+    hosts.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0, the same for all")
+    hosts.add_argument("--processes", type=int, default=0, metavar="N", help="how many processes train together")
+    hosts.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0 to N - 1")
     overrides, others = split_overrides(argv)
     args = parser.parse_args(others)
     resolved = resolve(load_file(args.config), overrides=overrides, presets=PRESETS, file=args.config)
     workdir = args.workdir or Path("runs") / args.config.removesuffix(".py").replace(".py:", "-").rpartition("/")[2]
-    return run(resolved, workdir, command=["python", "-m", "jaxlm.train", *argv], force_lock=args.force_lock)
+    place = find_place(args.coordinator, args.processes, args.process)
+    command = ["python", "-m", "jaxlm.train", *argv]
+    return run(resolved, workdir, command=command, force_lock=args.force_lock, place=place)
 
 
-def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool = False) -> int:
-    """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code."""
+def run(
+    resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool = False, place: Place = ALONE
+) -> int:
+    """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code.
+
+    Of several processes, each at its `place`, process 0 writes all but the checkpoints; what others note goes nowhere.
+    """
     config = resolved.config
-    preflight(workdir)
     use_device_settings(config)
     with Closing() as stack:
-        lock = stack.enter_context(RunLock(workdir, force=force_lock))
+        gang = stack.enter_context(join(place, Limits(**dataclasses.asdict(config.hosts))))
+        folder = stack.enter_context(own_folder(gang, workdir))
+        lock = take_lock(gang, stack, RunLock(workdir, force=force_lock))
         earlier = read_account(workdir)
         train, before_s = config.train, earlier.running_s if earlier else 0
-        progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=sys.stdout, before_s=before_s))
-        watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=workdir))
-        ledger = stack.enter_context(Ledger(workdir, on_enter=watchdog.expect, lost=lambda: bool(lock and lock.lost)))
+        stream = sys.stdout if lock else stack.enter_context((folder / "notes.txt").open("w"))
+        progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=stream, before_s=before_s))
+        stack.enter_context(warnings_to(progress.note if lock else print))
+        watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=folder))
+        ledger = stack.enter_context(Ledger(folder, on_enter=watchdog.expect, lost=lambda: bool(lock and lock.lost)))
         stack.enter_context(explained(lambda: ledger.where))
-        stop = stack.enter_context(StopSignals(progress.note))
-        layout, made = open_mesh(config), last_made(workdir, progress.note)
-        if made is not None:
-            made.compare_settings(config, layout.mesh.shape, progress.note)
-        corpus = open_corpus(config, workdir, progress.note)
-        resolved = with_corpus(resolved, corpus, progress.note)
-        config = resolved.config
-        if made is not None:
-            made.compare_data(config, corpus.fingerprints, progress.note)
-        program = make_program(config, layout)
-        loader = training_loader(config, corpus)
-        held_out = evaluation_loaders(config, corpus, progress.note)
+        stop = stack.enter_context(StopSignals(progress.note if lock else print))
+        work = open_work(gang, resolved, workdir, progress.note)
+        config, program, corpus = work.resolved.config, work.program, work.corpus
         store = stack.enter_context(open_store(config, workdir, lock))
         ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
-        state, start = resume_or_begin(program, store, progress.note)
-        owed = owes_evaluation(config, workdir, start) and bool(held_out)
+        state, start = resume_or_begin(program, store, gang, progress.note)
+        owed = owes_evaluation(config, workdir, start) and bool(work.held_out)
+        agree(gang, {"restored step": start, "evaluation owed": owed})
         if start >= config.train.num_steps and not owed:
             progress.note(f"already at step {start}: raise train.num_steps to go on")
-            note_report(workdir, progress.note)  # the run may have been killed between its last save and its report
+            note_report(folder, progress.note)  # the run may have been killed between its last save and its report
             return 0
-        if stop.exit_code is not None:
-            return stop.exit_code
+        if told := gang.settle("ready to compile", stop.exit_code or 0, max):
+            return told
         ledger.enter("compile")
+        if gang.count > 1 and program.layout.platform == "gpu" and (slow := slow_devices(gang)):
+            progress.note(f"WARNING: {slow}")
         store.warm_up(as_saved(program, state))
-        compiled = build(program, state, loader, during=partial(ledger.during, "compile"))
+        compiled = build(program, state, work.loader, during=partial(ledger.during, "compile"))
         store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
-        write_down(workdir, resolved, program, compiled, facts)
+        write_down(folder, work.resolved, program, compiled, facts)
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
-        tensorboard = config.log.tensorboard
-        log = stack.enter_context(MetricsLog(workdir, tensorboard=tensorboard, resume_step=start, warn=progress.note))
+        tensorboard = config.log.tensorboard and lock is not None
+        log = stack.enter_context(MetricsLog(folder, tensorboard=tensorboard, resume_step=start, warn=progress.note))
         loop = Loop(
-            program=program, compiled=compiled, loader=loader, held_out=held_out, store=store, log=log,
-            progress=progress, stop=stop, meter=make_meter(facts), ledger=ledger,
+            program=program, compiled=compiled, loader=work.loader, held_out=work.held_out, store=store, log=log,
+            progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
         try:
@@ -137,16 +157,17 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
             if not (lock and lock.lost):  # else the folder is another run's
                 log.flush()
                 ledger.flush()
-                note_report(workdir, progress.note)
+                note_report(folder, progress.note)
             raise
         ledger.enter("end")
-        finish(program, state, corpus, workdir, code, progress.note)
+        code = gang.settle("how the run ended", code, lambda codes: codes[0])  # it is process 0 that commits
+        finish(work, state, workdir, folder, code, progress.note)
         ledger.flush()
-        progress.note(f"time: {read_account(workdir)}")
+        progress.note(f"time: {read_account(folder)}")
     return code
 
 
-def open_store(config: Config, workdir: Path, lock: RunLock) -> CheckpointStore:
+def open_store(config: Config, workdir: Path, lock: RunLock | None) -> CheckpointStore:
     """The run's checkpoints, kept as the config has it."""
     kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
     return CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock)
@@ -158,13 +179,15 @@ def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Co
     write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
 
 
-def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
+def resume_or_begin(
+    program: Program, store: CheckpointStore, gang: Gang, note: Callable[[str], None]
+) -> tuple[TrainState, int]:
     """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
     like, _ = without_recent(abstract_state(program))
     saved_like = to_layers(program.pipe, like)
     for shortage in shortages(store.directory, saved_like):
         note(f"WARNING: {shortage}")
-    restored = store.restore_latest_good(saved_like)
+    restored = store.restore_latest_good(saved_like, gang=gang)
     if restored is None:
         return init_state(program), 0
     state = from_layers(program.pipe, restored.state, like)
@@ -187,7 +210,7 @@ class Loop:
     store: CheckpointStore
     log: MetricsLog
     progress: Progress
-    stop: StopSignals
+    asked: Asked
     meter: StepMeter
     ledger: Ledger
     made_with: dict[str, Any] = field(default_factory=dict)  # kept beside every checkpoint
@@ -215,18 +238,18 @@ class Loop:
             if owed:
                 self._evaluate(start, state)
             self.meter.start(time_s=time.monotonic())
-            last = done == train.num_steps or self.stop.exit_code is not None
+            last = done == train.num_steps or self.asked() is not None
             while not last:  # what was asked once the loop has looked is met by the next step, with its save
                 batch = self._next(batches, done, state)
                 state, metrics = self._step(done + 1, state, batch)
                 done += 1
                 self._read_pending()
                 self._pending = (done, metrics)
-                evaluates = train.evaluates_after(done) and self.stop.exit_code is None
+                evaluates = train.evaluates_after(done) and self.asked() is None
                 if evaluates:
                     self._read_pending()
                     self._evaluate(done, state)
-                last = done == train.num_steps or self.stop.exit_code is not None
+                last = done == train.num_steps or self.asked() is not None
                 saves = last or (save_every > 0 and done % save_every == 0)
                 if saves:
                     self._read_pending()
@@ -234,12 +257,13 @@ class Loop:
                 if evaluates or saves:
                     self.ledger.enter("step", step=done)
                     self.meter.start(time_s=time.monotonic())
+                    self.asked.starts()
                 self._announce_commits()
             self.ledger.enter("save", step=done)
         self.store.wait()
         self._announce_commits()
         saved = done == 0 or self.store.committed_step == done
-        return state, (self.stop.exit_code or 0) if saved else Exit.UNUSABLE
+        return state, (self.asked() or 0) if saved else Exit.UNUSABLE
 
     def _next(self, batches: Prefetch, done: int, state: TrainState) -> Any:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
@@ -251,20 +275,21 @@ class Loop:
             return batch
         except UserError:
             self._read_pending()
-            if done > (self.store.committed_step or 0):
+            if done > (self.store.committed_step or 0) and jax.process_count() == 1:  # the others may have good rows
                 self._save(done, state)
                 self.store.wait()
                 self._announce_commits()
             raise
 
     def _step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        self.asked.dispatches()
         every = self.program.config.train.sdc_check_every
         if every and step % every == 0:
             return step_twice(self.compiled.step, state, batch, number=step)
         return self.compiled.step(state, batch)
 
     def _batch(self, index: int) -> Any:
-        return put_batch(self.program, self.loader.batch(index))
+        return feed(self.program, self.loader, index)
 
     def _read_pending(self) -> None:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
@@ -280,6 +305,10 @@ class Loop:
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": tokens}
             record |= self.meter.take() | ({"skipped": skipped} if skipped else {})
+            slowest, text = self.asked.slowest()
+            record |= slowest
+            if text:
+                self.progress.note(text)
             record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
             self._write(record)
             self.progress.update(record)
@@ -306,10 +335,10 @@ class Loop:
         for name, held_out in self.held_out.items():
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
-            unasked = itertools.takewhile(lambda _: self.stop.exit_code is None, range(count))
-            rows = (put_batch(self.program, held_out.batch(i)) for i in unasked)
+            unasked = itertools.takewhile(lambda _: self.asked() is None, range(count))
+            rows = (feed(self.program, held_out, i) for i in unasked)
             found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows, seen=seen)
-            if self.stop.exit_code is not None:
+            if self.asked() is not None:
                 return
             of = f" of {name}" if name else ""
             self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
@@ -354,21 +383,21 @@ def make_meter(facts: dict) -> StepMeter:
     )
 
 
-def finish(program: Program, state: TrainState, corpus: Corpus, workdir: Path, code: int, note: Callable) -> None:
+def finish(work: Work, state: TrainState, workdir: Path, folder: Path, code: int, note: Callable) -> None:
     """A sample of the model's writing, the report, and where they are; a stopped run is told how to go on."""
-    sample, log = None, program.config.log
+    sample = None
     if code == Exit.UNUSABLE:
         note("the last save failed: the same command goes on from the checkpoint before it")
     elif code:
         note("stopped; the same command goes on from here")
-    elif log.sample_tokens:
+    elif work.program.config.log.sample_tokens:
         try:
-            sample = sample_of(program, state, corpus, workdir)
+            sample = sample_of(work.program, state, work.corpus, workdir)
             note(f"--- the model's writing ---\n{sample}\n---")
         except UserError as e:  # the run is done and saved, whatever this says
             note(f"no sample: {e.problems[0]}")
     if code != Exit.PREEMPTED:  # who sent SIGTERM counts seconds; `python -m jaxlm.report` makes it at any time
-        note_report(workdir, note, sample=sample)
+        note_report(folder, note, sample=sample)
 
 
 def sample_of(program: Program, state: TrainState, corpus: Corpus, workdir: Path) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,12 +22,13 @@ from bench_meshes import apply
 
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.data.corpus import open_corpus, training_loader
+from jaxlm.data.loader import Loader
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
+from jaxlm.step import Program, abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,28 +48,37 @@ def main(argv: Sequence[str]) -> int:
             case = apply(config, text)
             devices = jax.devices()[: int(np.prod(list(case.mesh.degrees.values())))]
             programs.append(make_program(case, make_layout(case.mesh, devices)))
-        for text, program in zip(args.meshes, programs):
-            state, step = init_state(program), compile_step(program)
+        with ThreadPoolExecutor() as pool:  # side by side: compiling is what takes the time
+            compiled = list(pool.map(partial(prepare, loader), programs))
+        for text, program, (step, _) in zip(args.meshes, programs, compiled):
+            state = init_state(program)
             for i in range(2):
                 state, _ = step(state, put_batch(program, loader.batch(i)))
             with CheckpointStore(Path(folder) / text) as store:
                 store.save(2, to_layers(program.pipe, state))
             del state
         for column, program in enumerate(programs):
-            run, like = compile_eval(program), abstract_state(program)
+            like, (_, evaluate) = abstract_state(program), compiled[column]
             batch = put_batch(program, loader.batch(2))
             for row, text in enumerate(args.meshes):
                 with CheckpointStore(Path(folder) / text) as store:
                     restored = store.restore_latest_good(to_layers(program.pipe, like))
                 assert restored is not None
                 state = from_layers(program.pipe, restored.state, like)
-                nats, tokens = run(state.params, batch)
+                nats, tokens = evaluate(state.params, batch)
                 losses[row, column] = float(nats) / float(tokens)
                 del restored, state
     print("written on      " + "".join(f"{text:>24}" for text in args.meshes))
     for text, row in zip(args.meshes, losses):
         print(f"{text:<16}" + "".join(f"{loss:24.7f}" for loss in row) + f"   spread {np.ptp(row):.1e}")
     return 0
+
+
+def prepare(loader: Loader, program: Program) -> tuple[Callable, Callable]:
+    """The step and the evaluation, compiled."""
+    state, batch = abstract_state(program), put_batch(program, loader.batch(0))
+    step, evaluate = compile_step(program).lower(state, batch), compile_eval(program).lower(state.params, batch)
+    return step.compile(), evaluate.compile()
 
 
 if __name__ == "__main__":

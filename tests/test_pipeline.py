@@ -85,7 +85,7 @@ CI = [
     ("llama", 8, dict(pipeline=2, context=2, model=2), dict(schedule="circular", microbatches=4, repeats=2)),
     ("bloom", 8, dict(pipeline=4, context=2, context_method="ring"),
      dict(schedule="1f1b", microbatches=4, stage_layers=(1, 2, 2, 1), layers=6, accumulate=2)),
-    ("gpt2", 8, dict(pipeline=2, data=2, fsdp=2, zero=2), dict(schedule="1f1b", microbatches=4)),
+    ("gpt2", 8, dict(pipeline=2, data=2, fsdp=2, zero=2), dict(schedule="1f1b", microbatches=4, in_place=True)),
 ]  # fmt: skip
 
 
@@ -98,19 +98,22 @@ def test_a_covering_set_of_pipelines_gives_one_device_numbers(
 
 
 EVERY = [
-    (schedule, repeats, S, M, other)
-    for schedule, repeats in (("gpipe", 1), ("circular", 2), ("1f1b", 1), ("1f1b", 2))
-    for S in (2, 4)
+    (schedule, repeats, in_place, S, M, other)
+    for schedule, repeats, in_place, degrees in (
+        ("gpipe", 1, False, (2, 4)), ("circular", 2, False, (2, 4)), ("1f1b", 1, False, (2, 4)),
+        ("1f1b", 2, False, (2, 4)), ("1f1b", 1, True, (2,)), ("1f1b", 2, True, (2,)),
+    )
+    for S in degrees
     for M in sorted({S, 2 * S, 8})
     for other in ({}, dict(fsdp=2), dict(model=2), dict(data=2), dict(context=2))
-]
+]  # fmt: skip
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("case", "family"), list(zip(EVERY, itertools.cycle(tiny.FAMILIES))), ids=str)
 def test_every_schedule_with_every_axis_gives_the_one_device_numbers(one_device, case, family):
-    schedule, repeats, S, M, other = case
-    c = config(family, layers=S * repeats, schedule=schedule, repeats=repeats, microbatches=M)
+    schedule, repeats, in_place, S, M, other = case
+    c = config(family, layers=S * repeats, schedule=schedule, repeats=repeats, microbatches=M, in_place=in_place)
     check(one_device, c, S * int(np.prod(list(other.values()))), pipeline=S, **other)
 
 
@@ -211,7 +214,7 @@ MUTATIONS = {
         jnp.where(run.stage == 1, x, 0), run.axis)),
     "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(
         x, run.axis, [(s, (s - step) % 4) for s in range(4)])),
-    "residuals of another tick": (Schedule, "forward_tick", lambda self, stage, item: item.index + stage + 1),
+    "residuals of another tick": (Schedule, "forward_index", lambda self, item: item.index + 1),
 }  # fmt: skip
 
 

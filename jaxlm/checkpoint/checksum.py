@@ -39,6 +39,8 @@ def checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
     """
     tables: dict[Any, dict[str, jax.Array]] = defaultdict(dict)
     for name, x in named.items():
+        if not x.sharding.addressable_devices:  # a layer of a stage on other hosts: their sum is all of it
+            continue
         mesh, spec = _mesh_and_spec(x.sharding)
         tables[mesh or x.sharding][name] = _sums(x, mesh, spec)
     totals = {}
@@ -46,7 +48,7 @@ def checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
         table = _stack(list(sums.values()))
         parts = [np.asarray(shard.data) for shard in table.addressable_shards]
         totals |= zip(sums, np.concatenate(parts, axis=1).sum(1, dtype=np.uint32))
-    found = np.array([totals[name] for name in named], np.uint32)
+    found = np.array([totals.get(name, 0) for name in named], np.uint32)
     if jax.process_count() > 1:
         found = multihost_utils.process_allgather(found).sum(0, dtype=np.uint32)
     return {name: int(total) for name, total in zip(named, found)}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,12 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.config import Exit, Problem, UserError
+from jaxlm.parallel.gang import Gang
 from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
+
+T = TypeVar("T")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
 
@@ -40,12 +43,15 @@ class Restored:
     passed_over: dict[int, Damage] = field(default_factory=dict)
 
 
-def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "") -> Restored | None:
+def restore_latest_good(
+    directory: str | Path, abstract: Any, *, part: str = "", gang: Gang | None = None
+) -> Restored | None:
     """The newest sound step of `directory`, or None where there is no step at all.
 
     A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
     is. What is no checkpoint is skipped.
 
+    gang: the processes that restore together, each its own parts of one step.
     Raises: UserError (exit code 3) with a list of what is wrong if there are steps and none is sound. UserError with a table
       of (path, saved, now) if names, shapes or dtypes of the newest sound step differ.
     """
@@ -55,7 +61,7 @@ def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "")
     passed: dict[int, Damage] = {}
     for step in reversed(committed_steps(directory)):
         try:
-            found = _load(directory / str(step), abstract, part)
+            found = _load(directory / str(step), abstract, part, gang)
         except Damage as damage:
             log.warning("the checkpoint of step %d is passed over\n  %s\n  %s", step, damage.path, damage.reason)
             passed[step] = damage
@@ -101,13 +107,19 @@ def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     Raises: Damage if they cannot be read.
     """
     where = str(path.absolute())  # Orbax takes no other
+    here = {name: leaf for name, leaf in leaves.items() if leaf.sharding.addressable_devices}
     try:
         with _reading():
-            return ocp.load_checkpointables(where, {ITEM: dict(leaves)})[ITEM]
+            loaded = ocp.load_checkpointables(where, {ITEM: here})[ITEM]
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # out of memory: no word against the files
     except Exception as error:
         raise Damage(path, first_line(error)) from error
+    make = jax.make_array_from_single_device_arrays  # of a stage on other hosts this one has nothing
+    return {
+        name: loaded[name] if name in here else make(leaf.shape, leaf.sharding, [], dtype=leaf.dtype)
+        for name, leaf in leaves.items()
+    }
 
 
 def check_sums(path: Path, saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> None:
@@ -137,17 +149,34 @@ def newest_manifest(directory: Path) -> Manifest | None:
     return None
 
 
-def _load(path: Path, abstract: Any, part: str) -> Restored:
+def _load(path: Path, abstract: Any, part: str, gang: Gang | None = None) -> Restored:
     wanted = name_leaves(abstract, part=part)
     # The loop runs under transfer_guard("disallow"); reading a checkpoint is a transfer that is meant.
     with jax.transfer_guard("allow"):
-        found = read_manifest(path)
+        found = _everywhere(gang, path, lambda: read_manifest(path))
         stored = {name: _as_exported(leaf, found.leaves.get(name)) if part else leaf for name, leaf in wanted.items()}
         check_fits(path, saved=found.leaves, wanted=stored, part=part)
-        loaded = read_leaves(path, stored)
+        loaded = _everywhere(gang, path, lambda: read_leaves(path, stored))
         check_sums(path, found.leaves, loaded)
         leaves = [loaded[name].astype(leaf.dtype) for name, leaf in wanted.items()]
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
+
+
+def _everywhere(gang: Gang | None, path: Path, read: Callable[[], T]) -> T:
+    """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
+    result, damage = None, None
+    try:
+        result = read()
+    except Damage as found:
+        damage = found
+    where = (
+        gang.settle(f"reading {path}", damage is not None, lambda damaged: [*damaged, True].index(True)) if gang else 0
+    )
+    if gang is not None and damage is None and where < gang.count:
+        damage = Damage(path, f"process {where} ({gang.names[where]}) found it damaged")
+    if damage is not None:
+        raise damage
+    return cast(T, result)
 
 
 def _as_exported(wanted: Any, saved: Any) -> Any:

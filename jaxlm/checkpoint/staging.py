@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 KIND = "pinned_host"
 
 
 def stage(named: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Copies of arrays in pinned host memory, each part once, however many devices hold it. Returns when they are made.
+    """Copies of arrays in pinned host memory, each part once a process, however many devices hold it. Returns when made.
 
     An array that rests in host memory already is copied too: it may be donated like any other.
     """
@@ -31,23 +31,60 @@ def stage(named: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     flat = [part for pieces in parts.values() for part in pieces]
     places = [SingleDeviceSharding(part.device, memory_kind=KIND) for part in flat]
     copies = iter(jax.block_until_ready(jax.device_put(flat, places, may_alias=False)))
+    pieces = {name: [next(copies) for _ in parts[name]] for name in named}
+    if jax.process_count() > 1:
+        shardings = _seen_by_all(shardings)
+        blanks: dict[Any, jax.Array] = {}
+        for name, sharding in shardings.items():
+            if not pieces[name]:
+                shape, dtype = sharding.shard_shape(named[name].shape), named[name].dtype
+                for device in sharding.addressable_devices:
+                    place = SingleDeviceSharding(device, memory_kind=KIND)
+                    key = shape, dtype, device
+                    blanks[key] = blanks[key] if key in blanks else jax.device_put(np.zeros(shape, dtype), place)
+                    pieces[name].append(blanks[key])
     return {
-        name: jax.make_array_from_single_device_arrays(
-            array.shape, shardings[name], [next(copies) for _ in parts[name]], dtype=array.dtype
-        )
+        name: jax.make_array_from_single_device_arrays(array.shape, shardings[name], pieces[name], dtype=array.dtype)
         for name, array in named.items()
     }
 
 
 def one_replica(sharding: Sharding) -> Sharding:
-    """How an array lies in pinned host memory with each of its parts there once: mesh axes that repeat it are left out."""
+    """How an array lies in pinned host memory with each of its parts there once a process: of a mesh axis that repeats it,
+    only as much is left as it takes to reach every process."""
     if not isinstance(sharding, NamedSharding):
         return sharding.with_memory_kind(KIND)
     mesh = sharding.mesh
     splits = {axis for axes in split_axes(sharding.spec) for axis in axes}
-    some = tuple(slice(None) if axis in splits else slice(1) for axis in mesh.axis_names)
-    part = Mesh(np.asarray(mesh.devices)[some], mesh.axis_names, axis_types=mesh.axis_types)
+    devices = np.asarray(mesh.devices)
+    owners = np.vectorize(lambda device: device.process_index)(devices)
+    for number, axis in enumerate(mesh.axis_names):
+        if axis not in splits:
+            rows = np.moveaxis(owners, number, 0)
+            kept = [i for i in range(len(rows)) if i == 0 or (rows[i] != rows[i - 1]).any()]
+            devices, owners = devices.take(kept, number), owners.take(kept, number)
+    part = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
     return NamedSharding(part, sharding.spec, memory_kind=KIND)
+
+
+def _seen_by_all(shardings: dict[str, Sharding]) -> dict[str, Any]:
+    """The same shardings, those on some processes alone repeated on the others: Orbax takes an array that every process has
+    a part of, and writes its first replica. A layer of a pipeline lies on the devices of its stage; what stands for it
+    elsewhere is blank, one piece of memory for all arrays of a shape."""
+    meshes = {id(mesh): mesh for mesh in (sharding.mesh for sharding in shardings.values())}  # pyright: ignore
+    processes = [{device.process_index for device in mesh.devices.flat} for mesh in meshes.values()]
+
+    def everywhere(own: Mesh) -> Mesh:
+        seen, copies = {device.process_index for device in own.devices.flat}, [own.devices]
+        for mesh, there in zip(meshes.values(), processes):
+            if mesh.devices.shape == own.devices.shape and not there & seen:
+                seen, copies = seen | there, [*copies, mesh.devices]
+        assert len(seen) == jax.process_count(), "the stages of a pipeline take all processes"
+        types = (AxisType.Auto, *own.axis_types)
+        return Mesh(np.stack(copies), ("copies", *own.axis_names), axis_types=types)
+
+    wider = {key: everywhere(mesh) for key, mesh in meshes.items()}
+    return {name: NamedSharding(wider[id(s.mesh)], s.spec, memory_kind=KIND) for name, s in shardings.items()}  # pyright: ignore
 
 
 def split_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:

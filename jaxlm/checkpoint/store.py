@@ -24,6 +24,7 @@ from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, 
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Problem, UserError
+from jaxlm.parallel.gang import Gang
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -81,10 +82,10 @@ class CheckpointStore:
             problem = Problem(f"checkpoints in {self.directory}", str(error), "use another --workdir, or mend this one")
             raise UserError(problem) from error
 
-    def restore_latest_good(self, abstract_state: Any) -> Restored | None:
+    def restore_latest_good(self, abstract_state: Any, *, gang: Gang | None = None) -> Restored | None:
         """See `restore.restore_latest_good`. Damaged later steps make way, to abandoned/, when the next save begins: until
         then nothing has happened, and a disk that only stuttered loses nothing."""
-        restored = restore_latest_good(self.directory, abstract_state)
+        restored = restore_latest_good(self.directory, abstract_state, gang=gang)
         if restored is not None and restored.passed_over:
             self._passed_over, self._committed_step = restored.passed_over, restored.step
         return restored

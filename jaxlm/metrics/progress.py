@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from jaxlm.metrics.numbers import count_text, duration_text, loss_text
-from jaxlm.settings import warnings_to
 
 LIVE_INTERVAL_S = 0.1
 PLAIN_INTERVAL_S = 2.0
@@ -39,7 +38,7 @@ class Progress:
 
     On a terminal: one line rewritten in place, never wider than the terminal. Elsewhere: the first ten records, then
     at most one every two seconds, and always the last. A stream that was closed on the other side (`| head`) ends the
-    output, not the run. Warnings of jaxlm's rooms are notes meanwhile. Methods may be called from any thread.
+    output, not the run. Methods may be called from any thread.
     before_s: what earlier starts of the run took. `clock` is `time.monotonic`, or a test's.
     """
 
@@ -59,15 +58,12 @@ class Progress:
         self._record: Mapping[str, Any] | None = None
         self._record_is_shown = True
         self._step_times_s: deque[float] = deque(maxlen=MEDIAN_OF_RECORDS)
-        self._warnings = warnings_to(self.note)
         self._lock = threading.RLock()  # reentrant: a signal handler may note() in the middle of an update()
 
     def __enter__(self) -> Progress:
-        self._warnings.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._warnings.__exit__(*exception)
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def update(self, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-# Dims: B batch, T position, D model width, V padded vocabulary, N tokens of one device, C chunks of them.
+# Dims: B batch, T position, D model width, V padded vocabulary, N tokens of one device, C chunks of them,
+# S shards of the vocabulary.
 """Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no [B, T, V] array exists.
 
 Fully manual over the mesh: each device sees its rows, its positions and its shard of the vocabulary, and what must be
@@ -118,10 +119,15 @@ def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tupl
     logits_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD).astype(jnp.float32)
     index_V = jnp.arange(head_VD.shape[0]) + (jax.lax.axis_index(vocab) * head_VD.shape[0] if vocab else 0)
     logits_NV = jnp.where(index_V < settings.vocab_size, logits_NV, -jnp.inf)
-    top_N = jax.lax.pmax(logits_NV.max(-1), vocab)
-    z_N = top_N + jnp.log(jax.lax.psum(jnp.exp(logits_NV - top_N[:, None]).sum(-1), vocab))
     hit_NV = index_V == labels_N[:, None]
-    label_N = jax.lax.psum(jnp.where(hit_NV, logits_NV, 0.0).sum(-1), vocab)
+    top_N = jnp.maximum(logits_NV.max(-1), jnp.finfo(jnp.float32).min)  # finite, should these rows be padding alone
+    sum_N = jnp.exp(logits_NV - top_N[:, None]).sum(-1)
+    label_N = jnp.where(hit_NV, logits_NV, 0.0).sum(-1)
+    if vocab:
+        tops_SN, sums_SN, labels_SN = jax.lax.all_gather(jnp.stack([top_N, sum_N, label_N]), vocab, axis=1)
+        top_N, label_N = tops_SN.max(0), labels_SN.sum(0)
+        sum_N = (sums_SN * jnp.exp(tops_SN - top_N)).sum(0)
+    z_N = top_N + jnp.log(sum_N)
     nats_N = weights_N * (z_N - label_N)
     objective = (nats_N + settings.z_loss * weights_N * jnp.square(z_N)).sum()
     slope_N = 1 + 2 * settings.z_loss * z_N

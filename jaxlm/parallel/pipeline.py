@@ -6,9 +6,9 @@ shard_map over the whole mesh. Every stage runs the same program; who has no wor
 result is masked, so no stage branches and collectives over other axes are safe anywhere. Three static scans (forwards,
 both, backwards) leave out the half of a tick that no stage needs.
 
-What a forward keeps for its backward are the residuals of jax.vjp that are not weights, in a ring of Schedule.num_slots
-ticks: nothing is computed twice unless the stage's own rematerialisation says so. Both halves of a tick send while the
-other half computes.
+What a forward keeps for its backward are the residuals of jax.vjp that are not weights, in Schedule.num_slots slots that go
+round (ring.py): nothing is computed twice unless the stage's own rematerialisation says so. Both halves of a tick send
+while the other half computes.
 
 `first` (embedding) and `last` (head and loss) run on all stages at once, on the microbatch of the first, or the last,
 stage: their weights are split over the pipeline axis too, so that the work is shared instead of repeated or waited for.
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel.ring import ring, switch
 from jaxlm.parallel.schedule import Item, Schedule
 from jaxlm.parallel.working import gradients
 
@@ -47,23 +48,24 @@ def loss_and_grads(schedule: Schedule, axis: str, parts: Parts, weights: Any, en
     Args:
       weights: this stage's, each leaf [R, ...].   ends: parameters of `first` and `last`. Both may hold working copies.
     """
-    run = _Run(schedule, axis, parts, weights, ends)
+    run = _Run(schedule, axis, parts, _by_repeat(schedule, weights), ends)
     carry = run.start()
     for start, stop, forwards, backwards in schedule.phases:
         tick = partial(run.tick, forwards=forwards, backwards=backwards)
         carry = jax.lax.scan(tick, carry, jnp.arange(start, stop))[0]
     report, dweights, dends = carry.sums
-    return report, (dweights, dends)
+    return report, (jax.tree.map(lambda *repeats: jnp.stack(repeats), *dweights), dends)
 
 
 def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -> jax.Array:
     """The sum of reports alone: forwards, nothing kept."""
-    run = _Run(schedule, axis, parts, weights, ends)
+    run = _Run(schedule, axis, parts, _by_repeat(schedule, weights), ends)
 
     def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         y, report = carry
         item, x = run.enter(t, y, run.newest(t, y))
-        y = parts.stage(run.at(item.repeat), x, item.microbatch, item.repeat)
+        branches = [partial(run.forward, item.microbatch, r) for r in range(schedule.repeats)]
+        y = switch(item.repeat, branches, x)
         left = schedule.forward(schedule.stages - 1, t)
         done = left.on & (left.repeat == schedule.repeats - 1)
         more = run.when(done, lambda y: parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], y)
@@ -73,16 +75,16 @@ def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -
     return jax.lax.scan(tick, (zero, jnp.zeros((), jnp.float32)), jnp.arange(schedule.forward_ticks))[0][1]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["new", "y", "dx", "ring", "sums"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["new", "y", "dx", "slots", "sums"], meta_fields=[])
 @dataclass(frozen=True)
 class _Carry:
     """new: the first stage's input, of `first`.   y, dx: what arrived from the stages before and after.
-    ring: output and residuals of the last K forwards, each leaf [K, ...].   sums: (report, d weights, d ends)."""
+    slots: output and residuals of the last K forwards, as the ring keeps them.   sums: (report, d weights, d ends)."""
 
     new: jax.Array
     y: jax.Array
     dx: jax.Array
-    ring: list[jax.Array]
+    slots: Any
     sums: tuple
 
 
@@ -91,29 +93,26 @@ class _Run:
     schedule: Schedule
     axis: str
     parts: Parts
-    weights: Any
+    weights: list  # of each repeat
     ends: Any
 
     def start(self) -> _Carry:
         x = self._like(jax.eval_shape(self.parts.first, self.ends, 0))
-        slots = self.schedule.num_slots
-        kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), jnp.int32(0))[0], self.at(0), x)
-        ring = [jnp.zeros((slots, *leaf.shape), leaf.dtype) for leaf in kept]
+        kept = jax.eval_shape(lambda w, x: self.linear(w, x, jnp.int32(0), 0)[0], self.weights[0], x)
         zeros = jax.tree.map(jnp.zeros_like, gradients((self.weights, self.ends)))
-        return _Carry(self.newest(0, x), x, x, ring, (jnp.zeros((), jnp.float32), *zeros))
+        return _Carry(self.newest(0, x), x, x, ring(self.schedule).start(kept), (jnp.zeros((), jnp.float32), *zeros))
 
     def tick(self, carry: _Carry, t: jax.Array, *, forwards: bool, backwards: bool) -> tuple[_Carry, None]:
-        new, y, dx, ring, sums = carry.new, carry.y, carry.dx, carry.ring, carry.sums
+        new, y, dx, slots, sums = carry.new, carry.y, carry.dx, carry.slots, carry.sums
         if forwards:
             item, x = self.enter(t, y, new)
-            kept, _ = self.linear(self.at(item.repeat), x, item.microbatch, item.repeat)
-            slot = t % self.schedule.num_slots
-            ring = [jax.lax.dynamic_update_index_in_dim(all_, one, slot, 0) for all_, one in zip(ring, kept)]
-            new, y = self.newest(t + 1, y), self.send(kept[0], 1)
+            slot = (t - self.stage) % self.schedule.num_slots
+            slots, y = ring(self.schedule).forward(slots, slot, partial(self.up, item.microbatch), x)
+            new, y = self.newest(t + 1, y), self.send(y, 1)
         if backwards:
-            dx, sums = self.backward(t, carry, ring)
+            dx, sums = self.backward(t, carry, slots)
             dx = self.send(dx, -1)
-        return _Carry(new, y, dx, ring, sums), None
+        return _Carry(new, y, dx, slots, sums), None
 
     def newest(self, t: jax.Array | int, like: jax.Array) -> jax.Array:
         """What the first stage takes in at tick t where that is a microbatch's first repeat."""
@@ -125,13 +124,12 @@ class _Run:
         item = self.schedule.forward(self.stage, t)
         return item, jnp.where((self.stage == 0) & (item.repeat == 0), new, y)
 
-    def backward(self, t: jax.Array, carry: _Carry, ring: list) -> tuple[jax.Array, tuple]:
+    def backward(self, t: jax.Array, carry: _Carry, slots: Any) -> tuple[jax.Array, tuple]:
         """The backward half of tick t: (d input, sums with this item's gradients added)."""
         schedule, parts, last_stage = self.schedule, self.parts, self.schedule.stages - 1
         (report, dweights, dends), dy = carry.sums, carry.dx
         item, leaving = schedule.backward(self.stage, t), schedule.backward(last_stage, t)
-        slot = schedule.forward_tick(self.stage, item) % schedule.num_slots
-        kept = [jax.lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
+        slot = schedule.forward_index(item) % schedule.num_slots
 
         def top(y: jax.Array) -> tuple:
             y = self.from_stage(0, y) if just_left else self.from_stage(-1, y)
@@ -140,14 +138,16 @@ class _Run:
             return report * on, gradients(back((on, jnp.zeros_like(report))))
 
         just_left = schedule.first_backward == schedule.repeats * schedule.stages  # and came round to the first stage
-        y = carry.y if just_left else kept[0]
+        y = carry.y if just_left else jax.lax.dynamic_index_in_dim(slots[0], slot, 0, keepdims=False)
         more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, y)
         dy = jnp.where((self.stage == last_stage) & (item.repeat == schedule.repeats - 1), dy_top, dy)
-        weights = self.at(item.repeat)
-        pull = self.linear(weights, jnp.zeros_like(dy), item.microbatch, item.repeat)[1]
-        dw, dx = pull(kept, jnp.where(item.on, dy, 0))
-        dweights = jax.tree.map(partial(self.add_at, item.repeat), dweights, gradients(dw))
 
+        def down(r: int, kept: list, dweights: list, dy: jax.Array) -> tuple[list, jax.Array]:
+            pull = self.linear(self.weights[r], jnp.zeros_like(dy), item.microbatch, r)[1]
+            dw, dx = pull(kept, dy)
+            return [*dweights[:r], jax.tree.map(jnp.add, dweights[r], gradients(dw)), *dweights[r + 1 :]], dx
+
+        dweights, dx = ring(schedule).backward(slots, slot, down, dweights, jnp.where(item.on, dy, 0))
         entered = schedule.backward(0, t)
 
         def bottom(dx: jax.Array) -> Any:
@@ -157,6 +157,12 @@ class _Run:
         dends_bottom = self.when(entered.repeat == 0, bottom, dx)
         dends = jax.tree.map(lambda a, b, c: a + b + c, dends, dends_top, dends_bottom)
         return dx, (report + more, dweights, dends)
+
+    def forward(self, microbatch: Any, repeat: int, x: jax.Array) -> jax.Array:
+        return self.parts.stage(self.weights[repeat], x, microbatch, repeat)
+
+    def up(self, microbatch: Any, repeat: int, x: jax.Array) -> list:
+        return self.linear(self.weights[repeat], x, microbatch, repeat)[0]
 
     def linear(self, weights: Any, x: jax.Array, microbatch: Any, repeat: Any) -> tuple[list, Callable]:
         """A stage's forward: ([output, residuals that are not weights ...], (those, dy) -> (d weights, dx))."""
@@ -175,16 +181,6 @@ class _Run:
     def stage(self) -> jax.Array:
         return jax.lax.axis_index(self.axis)
 
-    def at(self, repeat: Any) -> Any:
-        """This stage's weights of one repeat."""
-        if self.schedule.repeats == 1:
-            return jax.tree.map(lambda leaf: leaf[0], self.weights)
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), self.weights)
-
-    def add_at(self, repeat: Any, sums: jax.Array, one: jax.Array) -> jax.Array:
-        """`sums` [R, ...] with `one` added to a repeat; with R = 1 the plain sum, which a product can write itself."""
-        return sums + one[None] if self.schedule.repeats == 1 else sums.at[repeat].add(one)
-
     def send(self, x: jax.Array, step: int) -> jax.Array:
         """x of the stage `step` before this one, in a ring."""
         P = self.schedule.stages
@@ -202,3 +198,8 @@ class _Run:
 
     def _like(self, shapes: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _by_repeat(schedule: Schedule, weights: Any) -> list:
+    """Weights whose leaves are [R, ...], a tree for each repeat."""
+    return [jax.tree.map(lambda leaf, r=r: leaf[r], weights) for r in range(schedule.repeats)]

@@ -42,6 +42,7 @@ class Schedule:
     stages: int
     microbatches: int
     repeats: int = 1
+    in_place: bool = False  # how slots are kept (ring.py)
 
     @property
     def num_items(self) -> int:
@@ -88,17 +89,21 @@ class Schedule:
         """The item whose forward `stage` does at `tick`; clipped into range where it is not on."""
         k = tick - stage
         index = _clip(k, self.num_items - 1)
-        return self._item(k == index, index, index % (self.stages * self.repeats) // self.stages)
+        return self._item(k == index, index, self.repeat_in(index))
 
     def backward(self, stage: Any, tick: Any) -> Item:
         k = tick - self.first_backward - (self.stages - 1 - stage)
         index = _clip(k, self.num_items - 1)
         return self._item(k == index, index, self.repeats - 1 - index % (self.stages * self.repeats) // self.stages)
 
-    def forward_tick(self, stage: Any, item: Item) -> Any:
-        """The tick at which `stage` did the forward of what `item` is now."""
+    def forward_index(self, item: Item) -> Any:
+        """The place in the order of forwards of what `item` is now."""
         group = self.stages * self.repeats
-        return item.index // group * group + item.repeat * self.stages + item.index % self.stages + stage
+        return item.index // group * group + item.repeat * self.stages + item.index % self.stages
+
+    def repeat_in(self, slot: Any) -> Any:
+        """The repeat of the forward at hand in a slot: place in the order of forwards modulo num_slots."""
+        return slot % (self.stages * self.repeats) // self.stages
 
     def _item(self, on: Any, index: Any, repeat: Any) -> Item:
         group = index // (self.stages * self.repeats)

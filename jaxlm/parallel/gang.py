@@ -1,0 +1,369 @@
+"""The processes of one run, and what each knows of the others: who has come, what all agree on, who is gone.
+
+Every process holds one connection to process 0. Each says something now and then; a connection that breaks, or one that is
+silent for `heartbeat_s`, is a process that is gone, and then all the others leave too, at once and with its name: jax's own
+service would notice after its timeout, end them with a stack of C++, and the network's libraries would wait for ever.
+
+Needs neither jax nor a device, and works in threads of its own while the main one waits in C++. Messages are JSON, one a
+line. Whoever can reach the port can speak here: the cluster's network is trusted (docs/hosts.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxlm.config import Exit, Problem, UserError
+
+BEATS = 5  # messages in heartbeat_s
+LEAVE_S = 1.0  # for the last words: of those whose main thread has an error of its own to print, and of `at_end`
+END = "the end of the run"
+RERUN = "the same command on every host goes on from the newest checkpoint"
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: until all processes are there; of silence until one counts as gone; that they wait for one another."""
+
+    join_s: float = 300.0
+    heartbeat_s: float = 60.0
+    wait_s: float = 1800.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _line(message: dict) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+class _Hub(threading.Thread):
+    """What process 0 runs for all: a thread that passes on what was said, and says who is missing or gone."""
+
+    @dataclass
+    class Member:
+        connection: socket.socket
+        name: str = ""
+        process: int = -1  # -1: has not said who it is
+        seen_s: float = field(default_factory=time.monotonic)
+        waiting: bytes = b""
+
+    @dataclass
+    class Question:
+        """A point that all processes have to reach, with what each says there."""
+
+        said: dict[int, Any]
+        end_s: float
+
+    def __init__(self, listener: socket.socket, count: int, limits: Limits):
+        super().__init__(name="gang hub", daemon=True)
+        self._listener, self._count, self._limits = listener, count, limits
+        self._members: dict[int, _Hub.Member] = {}
+        self._questions: dict[str, _Hub.Question] = {"start": self.Question({}, time.monotonic() + limits.join_s)}
+        self.judges: dict[str, Callable[[list], Any]] = {"start": lambda names: names}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, None)
+
+    def run(self) -> None:
+        try:
+            beat_s = 0.0
+            while True:
+                self._hear()
+                if time.monotonic() > beat_s:
+                    beat_s = time.monotonic() + self._limits.heartbeat_s / BEATS
+                    self._look_round()
+        except BaseException:  # without this thread the run would go on blind
+            traceback.print_exc()
+            os._exit(1)
+
+    def _hear(self) -> None:
+        for key, _ in self._selector.select(self._limits.heartbeat_s / BEATS):
+            if key.data is None:
+                connection, _ = self._listener.accept()
+                connection.settimeout(self._limits.heartbeat_s)
+                self._selector.register(connection, selectors.EVENT_READ, self.Member(connection))
+            else:
+                self._read(key.data)
+
+    def _look_round(self) -> None:
+        now = time.monotonic()
+        for member in [*self._members.values()]:
+            self._send(member, {"kind": "beat"})
+            if now - member.seen_s > self._limits.heartbeat_s:
+                self._gone(member, f"was silent for {now - member.seen_s:.0f} s")
+        for at, question in [*self._questions.items()]:
+            if now > question.end_s:
+                self._missing(at, question)
+
+    def _read(self, member: Member) -> None:
+        try:
+            received = member.connection.recv(65536)
+        except OSError:
+            received = b""
+        if not received:
+            self._gone(member, "closed its connection, as a process does that was killed or failed")
+            return
+        member.seen_s, (*lines, member.waiting) = time.monotonic(), (member.waiting + received).split(b"\n")
+        for line in lines:
+            try:
+                self._take(member, json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                if member.process >= 0:
+                    raise
+                self._drop(member)  # a stranger on our port
+                return
+
+    def _take(self, member: Member, message: dict) -> None:
+        if message["kind"] == "hello":
+            self._welcome(member, message)
+        elif message["kind"] == "say" and member.process >= 0:
+            end_s = time.monotonic() + message["limit_s"]
+            question = self._questions.setdefault(message["at"], self.Question({}, end_s))
+            question.said[member.process] = message["value"]
+            self._answer(message["at"])
+        elif message["kind"] == "left" and member.process >= 0:
+            self._gone(member, message["why"], message["code"], wait_s=LEAVE_S)
+        elif message["kind"] == "bye":
+            self._drop(member)
+
+    def _welcome(self, member: Member, hello: dict) -> None:
+        process, count, name, why = int(hello["process"]), hello["count"], str(hello["name"]), ""
+        if count != self._count:
+            why = f"says that there are {count} processes, process 0 says {self._count}"
+        elif process in self._members:
+            why = f"is there already: {self._members[process].name}"
+        if why:
+            self._send(member, {"kind": "refused", "why": f"process {process} ({name}) {why}"})
+            self._drop(member)
+            return
+        member.process, member.name, self._members[process] = process, name, member
+        self._questions["start"].said[process] = name
+        self._answer("start")
+
+    def _answer(self, at: str) -> None:
+        said = self._questions[at].said
+        if len(said) == self._count:
+            del self._questions[at]
+            value = self.judges.pop(at, lambda values: None)([said[i] for i in range(self._count)])
+            for member in [*self._members.values()]:
+                self._send(member, {"kind": "answer", "at": at, "value": value})
+
+    def _missing(self, at: str, question: Question) -> None:
+        missing = [i for i in range(self._count) if i not in question.said]
+        names = ", ".join(f"{i} ({self._members[i].name})" if i in self._members else str(i) for i in missing)
+        why = f"{'process' if len(missing) == 1 else 'processes'} {names} of {self._count} did not come to: {at}"
+        self._end_all({"kind": "missing", "at": at, "why": why})
+
+    def _gone(self, member: Member, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
+        known = self._members.get(member.process) is member
+        self._drop(member)
+        if known:
+            name = f"process {member.process} ({member.name})"
+            self._end_all({"kind": "gone", "who": name, "why": why, "code": code, "wait_s": wait_s})
+
+    def _end_all(self, message: dict) -> None:
+        """Tells everybody, process 0, in which this thread runs, last."""
+        self._questions.clear()
+        for process in sorted(self._members, reverse=True):
+            self._send(self._members[process], message)
+
+    def _send(self, member: Member, message: dict) -> None:
+        with suppress(OSError):  # reading from it will say what is wrong
+            member.connection.sendall(_line(message))
+
+    def _drop(self, member: Member) -> None:
+        if self._members.get(member.process) is member:
+            del self._members[member.process]
+        with suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(member.connection)
+            member.connection.close()
+
+
+class Gang:
+    """This process among the `count` of its run; alone, it says everything to itself. A context manager.
+
+    address: of process 0, "host:port"; where that is the loopback, it listens there alone.
+    name: of this process, for the others' messages.
+    Raises (on entry): UserError (exit code 3) that says who is missing, or why this process is not wanted.
+    """
+
+    def __init__(self, process: int, count: int, address: str, *, name: str, limits: Limits):
+        self.process, self.count, self.names = process, count, [name]
+        self._name, self._limits = name, limits
+        self.host, _, port = address.rpartition(":")
+        self._port = int(port or 0)
+        self._answers: dict[str, Any] = {}
+        self._heard, self._sending = threading.Condition(), threading.Lock()
+        self._asked: dict[str, int] = {}
+        self._ending = False
+        self.at_end: list[Callable[[], None]] = []  # called before this process ends because of another
+
+    def __enter__(self) -> Gang:
+        if self.count == 1:
+            return self
+        self._hub = _Hub(self._listen(), self.count, self._limits) if self.process == 0 else None
+        if self._hub:
+            self._hub.start()
+        self._connection = self._connect()
+        self._send({"kind": "hello", "process": self.process, "count": self.count, "name": self._name})
+        threading.Thread(target=self._listen_to_hub, name="gang", daemon=True).start()
+        self.names = self._await("start", self._limits.join_s)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.count == 1:
+            return
+        if error is None:
+            self.settle(END)
+            self._send({"kind": "bye"})
+            return
+        if not isinstance(error, UserError):  # a collective fails when a peer dies: who it was is on its way
+            time.sleep(2 * LEAVE_S)
+        self._ending = True
+        said = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, UserError) else Exit.UNUSABLE
+        self._send({"kind": "left", "why": f"left: {str(said)[:2000]}", "code": code})
+        if self._hub:
+            time.sleep(LEAVE_S / 2)  # what everybody hears is this thread's to send
+
+    def settle(
+        self, at: str, value: Any = None, judge: Callable[[list], Any] = lambda values: None, *, limit_s: float = 0.0
+    ) -> Any:
+        """Waits until every process is `at` this point; what `judge` makes of their values, in process 0.
+
+        Raises: UserError (exit code 3) naming those that did not come within limit_s (0: wait_s).
+        """
+        limit_s = limit_s or self._limits.wait_s
+        if self.count == 1:
+            return judge([value])
+        self._asked[at] = self._asked.get(at, 0) + 1
+        point = at if self._asked[at] == 1 else f"{at}, time {self._asked[at]}"
+        if self._hub:
+            self._hub.judges[point] = judge
+        self._send({"kind": "say", "at": point, "value": value, "limit_s": limit_s})
+        return self._await(point, limit_s)
+
+    @contextmanager
+    def together(self, what: str, *, limit_s: float = 0.0) -> Iterator[None]:
+        """All processes do what is inside, or none goes on: the first UserError of one is raised in every one."""
+        error = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        said = error and {"code": error.exit_code, "problems": [[p.where, p.rule, p.remedy] for p in error.problems]}
+        judge = lambda all_said: next(((i, s) for i, s in enumerate(all_said) if s), None)  # noqa: E731
+        first = self.settle(what, said, judge, limit_s=limit_s)
+        if error is not None:
+            self._ending = True
+            raise error
+        if first is not None:
+            self._ending = True
+            process, said = first
+            who = f"process {process} ({self.names[process]}): "
+            problems = (Problem(who + where, rule, remedy) for where, rule, remedy in said["problems"])
+            raise UserError(*problems, exit_code=said["code"])
+
+    def _listen(self) -> socket.socket:
+        port, alone = self._port, self.host in LOOPBACK
+        try:
+            if alone or not socket.has_dualstack_ipv6():
+                return socket.create_server(("127.0.0.1" if alone else "", port), backlog=1024)
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        except OSError as error:
+            where, remedy = f"process 0 at {self.host}:{port}", "choose another port, the same on every host"
+            raise UserError(
+                Problem(where, f"can't listen: {error.strerror}", remedy), exit_code=Exit.UNUSABLE
+            ) from error
+
+    def _connect(self) -> socket.socket:
+        end_s, reason = time.monotonic() + self._limits.join_s, "no answer"
+        while time.monotonic() < end_s:
+            try:
+                return socket.create_connection(
+                    (self.host.strip("[]"), self._port), timeout=min(5.0, self._limits.join_s)
+                )
+            except OSError as error:  # it may not have started yet, nor its name be known
+                reason = str(error)
+                time.sleep(0.2)
+        rule = f"can't be reached in {self._limits.join_s:.0f} s: {reason}"
+        remedy = "start process 0 there, give every process the same address, and let the port through"
+        raise UserError(Problem(f"process 0 at {self.host}:{self._port}", rule, remedy), exit_code=Exit.UNUSABLE)
+
+    def _send(self, message: dict) -> None:
+        with suppress(OSError), self._sending:  # the thread that reads will say what is wrong
+            self._connection.sendall(_line(message))
+
+    def _await(self, at: str, limit_s: float) -> Any:
+        with self._heard:
+            self._heard.wait_for(lambda: at in self._answers, timeout=limit_s + self._limits.heartbeat_s)
+            answer = self._answers.pop(at, {"kind": "missing", "why": "process 0 gave no answer"})
+        if answer["kind"] == "answer":
+            return answer["value"]
+        self._ending = True
+        if answer["kind"] == "refused":
+            rule, remedy = answer["why"], "start each process once, with a number of its own and the same count"
+        else:
+            rule, remedy = answer["why"], "see their output; every process needs the same address and count"
+        where = f"process {self.process} of {self.count}, process 0 at {self.host}:{self._port}"
+        raise UserError(Problem(where, rule, remedy), exit_code=Exit.UNUSABLE)
+
+    def _listen_to_hub(self) -> None:
+        """Hears what process 0 says, and says that this process is alive."""
+        self._connection.settimeout(self._limits.heartbeat_s / BEATS)
+        waiting, seen_s, said_s = b"", time.monotonic(), 0.0
+        zero = "process 0" + (f" ({self.host})" if self.host else "")
+        while not self._ending:
+            now = time.monotonic()
+            if now - said_s > self._limits.heartbeat_s / BEATS:
+                said_s = now
+                self._send({"kind": "beat"})
+            try:
+                received = self._connection.recv(65536)
+            except TimeoutError:
+                if time.monotonic() - seen_s > self._limits.heartbeat_s:
+                    self._end(zero, f"was silent for {time.monotonic() - seen_s:.0f} s")
+                continue
+            except OSError:
+                received = b""
+            if not received:
+                self._end(zero, "closed its connection, as a process does that was killed or failed")
+                return
+            seen_s, (*lines, waiting) = time.monotonic(), (waiting + received).split(b"\n")
+            for message in map(json.loads, lines):
+                if message["kind"] == "gone":
+                    self._end(message["who"], message["why"], message["code"], message["wait_s"])
+                elif message["kind"] != "beat":
+                    self._ending = self._ending or message.get("at") == END
+                    with self._heard:
+                        self._answers[message.get("at", "start")] = message
+                        self._heard.notify_all()
+
+    def _end(self, who: str, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
+        """Ends this process because another is gone, unless within wait_s it is ending by itself, of the same error say."""
+        time.sleep(wait_s)
+        if self._ending:
+            return
+        self._ending = True
+        os.write(2, f"error: {who} {why}\n  without it the other processes can't go on\n  {RERUN}\n".encode())
+        last = threading.Thread(target=lambda: [call() for call in self.at_end], daemon=True)
+        last.start()
+        last.join(LEAVE_S)
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)

@@ -1,0 +1,212 @@
+"""Several processes, on one host or many, as one run: which of them this is, jax between them, and whether they agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.parallel.gang import LOOPBACK, Gang, Limits, free_port
+
+JAX_LATER_S = 30.0  # jax's own heartbeat ends processes without a word: ours comes first
+PORT = 61399  # where a host has all processes and nobody named a port
+TLS = "JAX_MTLS_CERT_FILE"
+
+
+@dataclass(frozen=True)
+class Place:
+    """process: of `count`.   address: of process 0.   found: what said so.   gpus: those of this host's visible ones that are
+    this process's (None: all)."""
+
+    process: int = 0
+    count: int = 1
+    address: str = ""
+    found: str = "nothing"
+    gpus: tuple[int, ...] | None = None
+
+
+ALONE = Place()
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The environment variables in which something that starts processes tells each who it is.
+
+    local: number of this process on its host, how many are there; whether each was given GPUs of its own.
+    """
+
+    name: str
+    count: str
+    process: str
+    address: Callable[[Mapping[str, str]], str] = lambda env: ""
+    local: Callable[[Mapping[str, str]], tuple[int, int, bool]] = lambda env: (0, 1, True)
+
+
+def _slurm_address(env: Mapping[str, str]) -> str:
+    """The first host of the step, and a port by job and step."""
+    head, bracket, inside = env["SLURM_STEP_NODELIST"].partition("[")
+    first = head + re.split("[],-]", inside)[0] if bracket and "," not in head else head.split(",")[0]
+    return f"{first}:{61440 + (int(env['SLURM_JOB_ID']) * 16 + int(env.get('SLURM_STEP_ID', 0))) % 4096}"
+
+
+def _slurm_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # 4(x2),2 is 4, 4 and 2
+    tasks = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    bound = any(name in env for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"))
+    return int(env["SLURM_LOCALID"]), tasks[int(env["SLURM_NODEID"])], bound
+
+
+def _ompi_address(env: Mapping[str, str]) -> str:
+    """The host of mpirun, and a port by its job number; Open MPI 5 does not say it."""
+    found = re.match(r"(\d+)\.\d+;tcp6?://\[?([^],]+?)[],]?[,:]", env.get("OMPI_MCA_orte_hnp_uri", ""))
+    return f"{found[2]}:{61440 + int(found[1]) // 4096 % 4096}" if found else ""
+
+
+def _ompi_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
+    return int(env["OMPI_COMM_WORLD_LOCAL_RANK"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]), False
+
+
+LAUNCHERS = (
+    Launcher("the environment", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", _slurm_address, _slurm_local),
+    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ompi_address, _ompi_local),
+    Launcher("Kubernetes", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"),  # scripts/kubernetes.yaml sets the first
+)
+
+
+def find_place(
+    address: str = "",
+    count: int = 0,
+    process: int = -1,
+    *,
+    env: Mapping[str, str] = os.environ,
+    gpus: int | None = None,
+) -> Place:
+    """This process's place: as the arguments say, else the environment; one process alone if neither says anything.
+
+    gpus: visible on this host (None: counted). Where several processes of a host see all of them, each takes its share.
+    Raises: UserError (exit code 2) if what is said is not enough.
+    """
+    ids = env.get("JAX_LOCAL_DEVICE_IDS")
+    own = tuple(map(int, ids.split(","))) if ids else None
+    address, found = address or env.get("JAX_COORDINATOR_ADDRESS", ""), "the command line"
+    if not count and process < 0:
+        told = (x for x in LAUNCHERS if x.process in env and int(env.get(x.count, 1)) > 1)
+        launcher = next(told, None)
+        if launcher is None:
+            return Place(gpus=own)
+        count, process, found = int(env[launcher.count]), int(env[launcher.process]), launcher.name
+        number, beside, bound = launcher.local(env)
+        address = address or launcher.address(env)
+        if beside == count:
+            address = f"127.0.0.1:{address.rpartition(':')[2] or PORT}"
+        if own is None and not bound:
+            own = _share(number, beside, visible_gpus(env) if gpus is None else gpus)
+    if not 0 <= process < count or (count > 1 and not re.fullmatch(r".+:\d+", address)):
+        rule = f"{found} says process {process} of {count}, process 0 at {address or 'no address'}"
+        remedy = "say all three: --coordinator HOST:PORT --processes N --process I, I from 0 to N - 1"
+        raise UserError(Problem("processes", rule, remedy))
+    return Place(process, count, address, found, own)
+
+
+def _share(number: int, beside: int, gpus: int) -> tuple[int, ...] | None:
+    """The GPUs of process `number` of the `beside` on a host that all see `gpus`; None: those it sees, as it was bound."""
+    each = gpus // beside
+    return tuple(range(number * each, (number + 1) * each)) if beside > 1 and each > 0 else None
+
+
+def visible_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """NVIDIA GPUs that this process may use, without asking jax."""
+    if env.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return 0
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return len([d for d in env["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1")])
+    return len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
+
+
+@contextmanager
+def join(place: Place, limits: Limits) -> Iterator[Gang]:
+    """The gang of this process, and jax between its processes. To be entered before jax takes hold of a device.
+
+    Raises: UserError (exit code 3) if not all come, or where TLS is asked of a jax that has none.
+    """
+    if os.environ.get(TLS) and not hasattr(jax.config, TLS.lower()):
+        rule = f"jax {jax.__version__} can't encrypt what its processes say to one another"
+        raise UserError(Problem(TLS, rule, "use jax 0.11.2 or newer, or unset it"), exit_code=Exit.UNUSABLE)
+    name = f"{socket.gethostname()}, pid {os.getpid()}"
+    with Gang(place.process, place.count, place.address, name=name, limits=limits) as gang:
+        if place.gpus is not None:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, place.gpus)))
+        if place.count > 1:
+            jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; the loop agrees by Votes
+            bind = "127.0.0.1" if gang.host in LOOPBACK else "[::]"
+            port = gang.settle("a port for jax", free_port(), lambda ports: ports[0])
+            jax.distributed.initialize(
+                f"{gang.host}:{port}", place.count, place.process, cluster_detection_method="deactivate",
+                coordinator_bind_address=f"{bind}:{port}",
+                initialization_timeout=int(limits.join_s), heartbeat_timeout_seconds=int(limits.heartbeat_s + JAX_LATER_S),
+            )  # fmt: skip
+        yield gang
+        if place.count > 1:
+            gang.settle("leaving jax")  # whoever fails before has said so, and nobody waits for it in C++
+            jax.distributed.shutdown()
+
+
+def agree(gang: Gang, facts: Mapping[str, Any]) -> None:
+    """Holds the facts of all processes to one another.
+
+    Raises: UserError (exit code 3), in each, with a table of what differs: whose, theirs, everybody else's.
+    """
+    rows = gang.settle("agreement", facts, differences)
+    if rows:
+        shown = [f"{key}: {odd} on {_named(gang, who)}, {usual} on the others" for key, who, odd, usual in rows]
+        rule = "\n    ".join(["they would compute something else than the others:", *shown])
+        remedy = "start every process with the same command, packages and data"
+        raise UserError(Problem(f"{gang.count} processes", rule, remedy), exit_code=Exit.UNUSABLE)
+
+
+def differences(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int], str, str]]:
+    """(fact, odd processes, what they say, what most say) for each fact that is not the same everywhere."""
+    rows = []
+    for key in dict.fromkeys(key for each in facts for key in each):
+        said = [json.dumps(each.get(key), sort_keys=True) for each in facts]
+        usual = Counter(said).most_common(1)[0][0]
+        odd = defaultdict[str, list[int]](list)
+        for process, value in enumerate(said):
+            if value != usual:
+                odd[value].append(process)
+        rows += [(key, who, value, usual) for value, who in odd.items()]
+    return rows
+
+
+def _named(gang: Gang, processes: Sequence[int]) -> str:
+    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+    return "process " + "; ".join(f"{i} ({gang.names[i]})" for i in processes[:4]) + more
+
+
+def check_devices(gang: Gang) -> None:
+    """Raises UserError (exit code 3), in each process, where the processes of a host leave one of its GPUs unused."""
+    used = jax.local_device_count() if jax.default_backend() == "gpu" else 0
+    found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else 0), unused_gpus)
+    if found and gang.count > 1:
+        remedy = "start a process for each GPU or one for all, or hide the others with CUDA_VISIBLE_DEVICES"
+        raise UserError(Problem("GPUs", "; ".join(found), remedy), exit_code=Exit.UNUSABLE)
+
+
+def unused_gpus(processes: Sequence[tuple[str, int, int]]) -> list[str]:
+    """Of the (host, GPUs in use, GPUs visible) of each process: the hosts where not all are used, in words."""
+    hosts = defaultdict[str, list[tuple[int, int]]](list)
+    for host, *counts in processes:
+        hosts[host].append((counts[0], counts[1]))
+    sums = ((host, sum(used for used, _ in parts), max(seen for _, seen in parts)) for host, parts in hosts.items())
+    return [f"{host} uses {used} of {seen}" for host, used, seen in sums if used < seen]

@@ -1,0 +1,194 @@
+"""Runs of several processes: the same numbers on any number of them, and their ends when one fails or is told to go."""
+
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from runs import command, make_folder, settings
+
+from jaxlm import train
+from jaxlm.checkpoint.__main__ import main as checkpoint_command
+from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.metrics.writer import read_metrics
+
+# The same program in every test of this file, on 8 devices. A constant learning rate: the first steps of a run do not
+# depend on how many will follow.
+SHORT = settings(
+    "train.eval_every=0", "log.sample_tokens=0", "optim.warmup_steps=0", "optim.peak_lr=2e-3",
+    "model.num_layers=1", "model.dropout=0", "train.accumulate=1", "mesh.data=2", "mesh.fsdp=-1", "optim.schedule=constant",
+)  # fmt: skip
+TOLERANCE = 1e-6  # sums over devices of several processes take another order: roundings of float32 in a few updates
+ENDLESS = settings("train.num_steps=100000", "checkpoint.every_steps=4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("hosts"))
+
+
+def alone(folder, workdir, steps):
+    """Trains `workdir` until step `steps` in this process, on 8 devices."""
+    assert train.main(command(folder, workdir, *SHORT, *settings(f"train.num_steps={steps}"))) == 0
+    return losses(folder, workdir)
+
+
+def losses(folder, workdir):
+    return {r["step"]: r["loss"] for r in read_metrics(folder / workdir) if "loss" in r}
+
+
+def assert_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    assert max(abs(found[k] - wanted[k]) / wanted[k] for k in wanted) < TOLERANCE
+
+
+def test_two_processes_told_to_leave_save_one_step_which_one_process_goes_on_from(folder):
+    hosts = Hosts(folder, "pair", *SHORT, *ENDLESS, count=2, devices=4)
+    hosts.wait_for(r"step 3/")
+    hosts.processes[1].send_signal(signal.SIGTERM)
+    assert hosts.ends() == [75, 75], hosts.everything()
+    assert "SIGTERM: saving after this step" in hosts.said(1) and "step 3/" not in hosts.said(1)
+    last = committed_steps(folder / "pair" / "checkpoints")[-1]
+    assert last == max(losses(folder, "pair")) and "the same command goes on from here" in hosts.said(0)
+    assert_close(alone(folder, "pair", last + 2), alone(folder, "one", last + 2))
+
+
+@pytest.mark.nightly
+def test_forty_gangs_lose_a_process_and_no_commit(folder):
+    """N2 and N10: one of 1, 2 or 4 processes is killed at any moment; the others leave, and another number goes on."""
+    dice, took_s, codes, before, restarts = random.Random(0), [], [], 0, 0
+    for kill in range(40):
+        count = dice.choice([1, 2, 4])
+        often = settings("checkpoint.every_steps=2")
+        hosts = Hosts(folder, "killed", *SHORT, *ENDLESS, *often, count=count, devices=8 // count)
+        resumed = int(hosts.wait_for(r"resumes after step (\d+)|starts at step 0").group(1) or 0)
+        assert resumed >= before, (kill, before, hosts.everything())
+        hosts.wait_for("checkpoint committed")
+        time.sleep(dice.uniform(0, 0.6))
+        victim = dice.randrange(count)
+        before = max(int(step) for step in re.findall(r"step (\d+): checkpoint committed", hosts.said(0)))
+        begin = time.monotonic()
+        hosts.processes[victim].kill()
+        ended = hosts.ends()
+        took_s.append(time.monotonic() - begin)
+        assert ended[victim] == -9 and 0 not in ended, hosts.everything()
+        others = [i for i in range(count) if i != victim]
+        codes += [ended[i] for i in others]
+        assert all(f"error: process {victim} (" in hosts.said(i) or ended[i] != 3 for i in others), hosts.everything()
+        restarts += resumed > 0
+    assert checkpoint_command(["verify", str(folder / "killed")]) == 0
+    print(f"\n40 kills, {restarts} resumed, last from step {before}; the others gone after {max(took_s):.1f} s at most")
+    print(f"with {Counter(codes)}")
+    assert max(took_s) < 10 + 5
+
+
+@pytest.mark.nightly
+def test_the_quickstart_trains_the_same_on_any_number_of_processes(folder):
+    quick = ["--config", str(Path(__file__).parents[1] / "configs" / "quickstart.py")]
+    few = settings("train.num_steps=20", "optim.warmup_steps=5", "train.eval_batches=2", "log.sample_tokens=0")
+    found = {}
+    for count, devices in ((2, 4), (4, 2), (1, 8), (2, 2), (1, 4)):
+        name = f"quick{count}x{devices}"
+        hosts = Hosts(folder, name, *quick, *few, count=count, devices=devices)
+        assert hosts.ends(limit_s=400) == [0] * count, hosts.everything()
+        found[count, devices] = losses(folder, name)
+    assert found[2, 4] == found[4, 2] and len(found[2, 4]) == 20
+    for other in ((1, 8), (2, 2), (1, 4)):
+        assert_close(found[other], found[2, 4])
+        print(
+            f"\n2 x 4 to {other[0]} x {other[1]}:", max(abs(found[other][k] / found[2, 4][k] - 1) for k in found[2, 4])
+        )
+
+
+@pytest.mark.nightly
+def test_hosts_that_differ_are_named_before_the_first_step(folder):
+    odd = {2: settings("optim.peak_lr=3e-3", "data.split=0.9,0.1")}
+    hosts = Hosts(folder, "odd", *SHORT, *ENDLESS, count=4, devices=2, each=odd)
+    assert hosts.ends() == [3] * 4, hosts.everything()
+    for i in range(4):
+        assert re.search(r"optim.peak_lr: 0.003 on process 2 \(.*, pid \d+\), 0.002 on the others", hosts.said(i)), i
+        assert re.search(r"data.split: \[0.9, 0.1\] on process 2 \(.*\), \[0.95, 0.05\] on the others", hosts.said(i))
+        assert "step 1" not in hosts.said(i)
+    hosts = Hosts(
+        folder, "odd", *SHORT, *ENDLESS, count=2, devices=4, count_said=3, each={0: settings("hosts.join_s=15")}
+    )
+    assert hosts.ends() == [3, 3] and "process 2 of 3 did not come to: start" in hosts.said(0), hosts.everything()
+
+
+SLOW_RESTORE = """
+import os, sys, time
+from jaxlm import checkpoint, train
+from jaxlm.checkpoint import restore
+from jaxlm.settings import run_main
+read = restore.read_leaves
+def slow(*args):
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        time.sleep(600)
+    return read(*args)
+restore.read_leaves = slow
+run_main(train.main)
+"""
+
+
+SLOW_DATA = """
+import os, time
+from jaxlm import train
+from jaxlm.data.loader import Loader
+from jaxlm.settings import run_main
+batch = Loader.batch
+def slow(self, step, **share):
+    time.sleep(1.5 if os.environ["JAX_PROCESS_ID"] == "1" else 0)
+    return batch(self, step, **share)
+Loader.batch = slow
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_a_slow_host_is_named_and_one_that_hangs_in_its_restore_ends_the_run(folder):
+    few = settings("train.num_steps=12")
+    hosts = Hosts(folder, "slow", *SHORT, *few, count=2, devices=4, program=("-c", SLOW_DATA))
+    assert hosts.ends() == [0, 0], hosts.everything()
+    said = r"the others wait for process 1 \(.*, pid \d+\), [12]\.?\d* s a step for its data and in Python, where half"
+    assert re.search(said, hosts.said(0)), hosts.everything()
+    records = [r for r in read_metrics(folder / "slow") if "loss" in r][1:]  # the other is held up now and then, too
+    assert sum(r["slowest_process"] == 1 and r["slowest_process_s"] > 0.5 for r in records) > len(records) / 2, records
+    limits = settings("train.num_steps=20", "hosts.wait_s=8")
+    hosts = Hosts(folder, "slow", *SHORT, *limits, count=2, devices=4, program=("-c", SLOW_RESTORE))
+    assert hosts.ends() == [3, 3], hosts.everything()
+    assert re.search(r"process 1 \(.*, pid \d+\) of 2 did not come to: reading \S+/checkpoints/12", hosts.said(0))
+
+
+@pytest.mark.nightly
+def test_a_pipeline_over_two_hosts_saves_what_one_host_resumes_on_any_mesh(folder):
+    """Two hosts of two devices: model=2 inside a host, pipeline=2 across; then one host, without either."""
+    layers = settings("model.num_layers=2", "model.vocab_multiple=4", "train.accumulate=2", "checkpoint.every_steps=4")
+    across = settings("mesh.pipeline=2", "mesh.model=2", "mesh.data=1", "mesh.fsdp=1", "pipeline.microbatches=2")
+    eight, twelve = settings("train.num_steps=8"), settings("train.num_steps=12")
+    hosts = Hosts(folder, "across", *SHORT, *layers, *across, *eight, count=2, devices=2)
+    assert hosts.ends() == [0, 0], hosts.everything()
+    assert committed_steps(folder / "across" / "checkpoints") == [4, 8]
+    assert checkpoint_command(["verify", str(folder / "across")]) == 0
+    meshes = {
+        "rows": ("data=-1", "fsdp=1"),
+        "mixed": ("data=1", "fsdp=2", "model=2"),
+        "unbroken": ("data=-1", "fsdp=1"),
+    }
+    for name, mesh in meshes.items():
+        if name != "unbroken":
+            shutil.copytree(folder / "across", folder / name)
+        degrees = settings(*(f"mesh.{axis}" for axis in mesh))
+        one = Hosts(folder, name, *SHORT, *layers, *twelve, *degrees, count=1, devices=4)
+        assert one.ends() == [0] and ("resumes after step 8" in one.said(0)) == (name != "unbroken"), one.everything()
+    hosts = Hosts(folder, "across", *SHORT, *layers, *across, *twelve, count=2, devices=2)
+    assert hosts.ends() == [0, 0] and "resumes after step 8" in hosts.said(0), hosts.everything()
+    wanted = losses(folder, "unbroken")
+    for name in ("rows", "mixed", "across"):
+        found = losses(folder, name)
+        assert found.keys() == wanted.keys()
+        assert max(abs(found[k] / wanted[k] - 1) for k in wanted) < 1e-5, name  # N5: another mesh
