@@ -118,9 +118,7 @@ def run(
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=stream, before_s=before_s))
         stack.enter_context(warnings_to(progress.note if lock else print))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=folder))
-        ledger = stack.enter_context(
-            Ledger(folder, on_enter=watchdog.expect, may_write=lambda: not (lock and lock.lost))
-        )
+        ledger = stack.enter_context(Ledger(folder, on_enter=watchdog.expect, lost=lambda: bool(lock and lock.lost)))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note if lock else print))
         work = open_work(gang, resolved, workdir, progress.note)

@@ -409,18 +409,18 @@ def test_a_bad_token_keeps_what_was_trained_and_names_its_place(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tool", "argv", "part"),
+    ("tool", "argv", "part", "code"),
     [
-        (train, ["--confg", "x.py"], "--config"),
-        (train, ["--config", "configs/none.py"], "no file"),
-        (generate, ["--workdir", "/nowhere"], "not a run"),
-        (evaluate, ["--workdir", "/nowhere", "--json"], "not a run"),
+        (train, ["--confg", "x.py"], "--config", 2),
+        (train, ["--config", "configs/none.py"], "no file", 2),
+        (generate, ["--workdir", "/nowhere"], "not a run", 2),
+        (evaluate, ["--workdir", "/", "--json"], "has no checkpoint", 3),
     ],
 )
-def test_mistakes_are_three_lines(tool, argv, part):
+def test_mistakes_are_three_lines(tool, argv, part, code):
     with pytest.raises(UserError, match=part) as caught:
         tool.main(argv)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == code
 
 
 def test_a_run_told_to_leave_saves_before_it_evaluates_and_its_next_start_makes_that_up(folder, unbroken, monkeypatch):
