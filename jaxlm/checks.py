@@ -35,6 +35,7 @@ APPLIES = (
     ("checkpoint.keep_every", lambda c: c.checkpoint.every_steps > 0, "checkpoint.every_steps above 0"),
     ("checkpoint.keep_best", lambda c: c.train.eval_every > 0, "train.eval_every above 0"),
     ("data.packing", lambda c: c.data.order == "stateless", "data.order=stateless"),
+    ("data.reset_at_eod", lambda c: c.data.packing == "none", "data.packing=none, as packed documents are apart"),
     ("data.fim_rate", lambda c: c.data.packing == "none", "data.packing=none"),
     ("data.fim_spm_rate", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),
     ("data.fim_tokens", lambda c: c.data.fim_rate > 0, "data.fim_rate above 0"),
@@ -207,60 +208,34 @@ def _check_run(config: Config, rule: Any) -> None:
 
 
 def _check_data(config: Config, rule: Any) -> None:
-    t, d = config.train, config.data
-    rule(
-        bool(d.path) != bool(d.train),
-        "data.path",
-        "exactly one of data.path (text) and data.train (tokenized sets) names the training data",
-        "set --config.data.path=FILE.txt, or --config.data.train=PREFIX",
-    )
-    rule(
-        2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0,
-        "data.split",
-        "must be two or three shares, the first above 0: training, evaluation, kept apart",
-        "use for example 0.95,0.05",
-    )
-    ramp = t.batch_ramp
-    rule(
-        not ramp
-        or (
-            (len(ramp) == 3 and 0 < ramp[0] <= t.batch_size and ramp[1] > 0 <= ramp[2])
-            and (t.batch_size - ramp[0]) % ramp[1] == 0 == t.batch_unit % t.accumulate
-        ),
-        "train.batch_ramp",
-        f"is not START,INCREMENT,SAMPLES that reaches train.batch_size={t.batch_size} in whole increments, of rows that "
-        f"train.accumulate={t.accumulate} divides",
-        "use for example 192,16,9765625 with train.batch_size=2048",
-    )
+    t, d, ramp = config.train, config.data, config.train.batch_ramp
+    rule(bool(d.path) != bool(d.train), "data.path",
+         "exactly one of data.path (text) and data.train (tokenized sets) names the training data",
+         "set --config.data.path=FILE.txt, or --config.data.train=PREFIX")  # fmt: skip
+    rule(2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0, "data.split",
+         "must be two or three shares, the first above 0: training, evaluation, kept apart",
+         "use for example 0.95,0.05")  # fmt: skip
+    grows = len(ramp) == 3 and 0 < ramp[0] <= t.batch_size and ramp[1] > 0 <= ramp[2]
+    rule(not ramp or (grows and (t.batch_size - ramp[0]) % ramp[1] == 0 == t.batch_unit % t.accumulate), "train.batch_ramp",
+         f"is not START,INCREMENT,SAMPLES that reaches train.batch_size={t.batch_size} in whole increments, of rows that "
+         f"train.accumulate={t.accumulate} divides",
+         "use for example 192,16,9765625 with train.batch_size=2048")  # fmt: skip
     try:
         steps, lengths = zip(*d.row_lengths) if d.seq_lens else ((), ())
         sound = list(steps) == sorted(set(steps)) and all(n > 0 and t.seq_len % n == 0 for n in lengths)
     except ValueError:
         sound = False
-    rule(
-        sound,
-        "data.seq_lens",
-        f"is not LENGTH@STEP, steps rising, lengths that divide train.seq_len={t.seq_len}",
-        "use for example 256@0,1024@2000",
-    )
-    rule(
-        d.order != "megatron" or t.seed < 2**32,
-        "train.seed",
-        "data.order=megatron shuffles with numpy's RandomState, whose seeds are below 2^32",
-        "use a smaller seed",
-    )
-    rule(
-        d.order != "megatron" or not any("@" in entry for entry in d.train),
-        "data.train",
-        "Megatron's mixtures keep their weights: data.order=megatron has no weights by step",
-        "write one weight a set, or use data.order=stateless",
-    )
-    rule(
-        d.fim_rate == 0 or (len(set(d.fim_tokens)) == 3 and min(d.fim_tokens) >= 0),
-        "data.fim_tokens",
-        "data.fim_rate needs three ids: before prefix, middle and suffix",
-        "name the tokenizer's three sentinels",
-    )
+    rule(sound, "data.seq_lens", f"is not LENGTH@STEP, steps rising, lengths that divide train.seq_len={t.seq_len}",
+         "use for example 256@0,1024@2000")  # fmt: skip
+    rule(d.order != "megatron" or t.seed < 2**32, "train.seed",
+         "data.order=megatron shuffles with numpy's RandomState, whose seeds are below 2^32",
+         "use a smaller seed")  # fmt: skip
+    rule(d.order != "megatron" or not any("@" in entry for entry in d.train), "data.train",
+         "Megatron's mixtures keep their weights: data.order=megatron has no weights by step",
+         "write one weight a set, or use data.order=stateless")  # fmt: skip
+    rule(d.fim_rate == 0 or (len(set(d.fim_tokens)) == 3 and min(d.fim_tokens) >= 0), "data.fim_tokens",
+         "data.fim_rate needs three ids: before prefix, middle and suffix",
+         "name the tokenizer's three sentinels")  # fmt: skip
     try:
         skipped_batches(d.skip_steps)
     except ValueError as e:

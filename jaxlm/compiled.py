@@ -14,7 +14,7 @@ from jaxlm.data.loader import Loader
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.parallel.replicas import rehearse
-from jaxlm.step import Program, StepMetrics, TrainState, all_finite, compile_eval, compile_step, read_batch
+from jaxlm.step import Program, StepMetrics, TrainState, abstract_batch, all_finite, compile_eval, compile_step
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,14 @@ def build(
     """Compiles before the first step what the first and the last one, evaluations, saves and checks need: a run whose batches
     keep their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
     begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
-    first, last = (read_batch(program, loader, step) for step in (0, train.num_steps - 1))
-    shapes = {batch.tokens.shape: batch for batch in (first, last)}
-    steps = {shape: jitted.lower(state, batch).compile() for shape, batch in shapes.items()}
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((train.batch_size, train.seq_len), x.dtype), last)
+    first, last = (loader.shape(step) for step in (0, train.num_steps - 1))
+    steps = {shape: jitted.lower(state, abstract_batch(program, shape)).compile() for shape in {first, last}}
+    whole = abstract_batch(program, (train.batch_size, train.seq_len))
     evaluate = compile_eval(program).lower(state.params, whole).compile()
     finite = jax.jit(all_finite).lower(state.params).compile()
     if train.sdc_check_every:
         rehearse(state)
-    step = steps[last.tokens.shape]
+    step = steps[last]
     needs = (memory_bytes(step), memory_bytes(evaluate, beside=bytes_a_device(state.opt_state)))
     known = [need for need in needs if need is not None]
     found = collectives(step.as_text(), program.layout.mesh) if program.layout.mesh.size > 1 else []

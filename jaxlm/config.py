@@ -171,7 +171,7 @@ class DataConfig:
     )
     train: tuple[str, ...] = setting(
         (),
-        "tokenized sets to train on (instead of path): PREFIX, or with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
+        "tokenized sets to train on, not path: PREFIX (also gs://, s3://), with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
     )
     eval: tuple[str, ...] = setting(
         (), "tokenized sets to evaluate on, PREFIX or NAME=PREFIX (none: cut from the training set by split)"

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlm.config import Problem, UserError
 from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
@@ -24,7 +23,7 @@ from jaxlm.session import (
     with_vocabulary,
 )
 from jaxlm.settings import Parser, progress_bar, run_main
-from jaxlm.step import compile_eval, read_batch
+from jaxlm.step import compile_eval, feed
 
 
 def evaluate(
@@ -52,7 +51,7 @@ def evaluate(
         program = open_tool_program(config, plain=False)
         restored = restore_params(program, workdir, step)
         count = loader.num_batches or 0
-        batches = (read_batch(program, loader, i) for i in range(count))
+        batches = (feed(program, loader, i) for i in range(count))
         with progress_bar(count, "evaluating", " batches") as bar:
             result = evaluate_batches(compile_eval(program), restored.state, batches, seen=bar.update)
     perplexity = math.exp(min(result.loss, 700))
@@ -74,9 +73,6 @@ def main(argv: Sequence[str]) -> int:
     text.add_argument("--data", nargs="+", default=(), metavar="PREFIX", help="tokenized .bin/.idx sets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    for prefix in args.data:
-        if not Path(f"{prefix}.idx").is_file():
-            raise UserError(Problem(f"--data={prefix}", f"no file {prefix}.idx", "name a set without its .bin or .idx"))
     result = evaluate(args.workdir, step=args.step, inputs=args.input, prefixes=args.data)
     if args.json:
         print(json.dumps(result))

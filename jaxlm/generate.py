@@ -29,12 +29,14 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     num_ids: int = 0,
+    eod: int | None = None,
 ) -> list[int]:
     """`max_new_tokens` ids that follow `prompt`, sampled from softmax(logits / temperature) over the top_k largest.
 
     The whole context is computed anew for each token (no key-value cache); past model.max_seq_len the oldest tokens
     fall out of it. temperature 0 takes the largest logit; top_k 0 keeps all; ids >= num_ids are never taken (0: all may
-    be).   Raises: ValueError on an empty prompt.
+    be). Where training kept documents apart, a document begins anew after each `eod`.
+    Raises: ValueError on an empty prompt.
     """
     if not len(prompt):
         raise ValueError("generation needs at least one token to start from")
@@ -48,19 +50,23 @@ def generate(
     buffer_T = np.zeros(max(length, window), np.int32)
     buffer_T[: len(prompt)] = prompt
     num_ids = num_ids or model.vocab_size
-    run = jax.jit(partial(_generate, program, window, temperature, min(top_k, num_ids), num_ids))
+    run = jax.jit(partial(_generate, program, window, temperature, min(top_k, num_ids), num_ids, eod))
     out_T = run(params, buffer_T, np.int32(len(prompt)), np.int32(length), jax.random.key(seed))
     return jax.device_get(out_T)[len(prompt) : length].tolist()
 
 
-def _generate(program, window, temperature, top_k, num_ids, params, buffer_T, start, length, key):
+def _generate(program, window, temperature, top_k, num_ids, eod, params, buffer_T, start, length, key):
     model = program.model(params)
     rows = program.layout.num_row_shards  # copies, so that the rows' layout holds on any mesh
 
     def extend(i, buffer_T):
         first = jnp.maximum(i - window, 0)
         tokens_T = jax.lax.dynamic_slice(buffer_T, (first,), (window,))
-        x_BTD = model.hidden(jnp.broadcast_to(tokens_T, (rows, window)))
+        rows_BT, starts_BT = jnp.broadcast_to(tokens_T, (rows, window)), None
+        if program.config.data.separates and eod is not None:
+            after_T = jnp.where(jnp.roll(tokens_T, 1) == eod, jnp.arange(window), 0)  # at 0 it is 0 whatever came last
+            starts_BT = jnp.broadcast_to(jax.lax.cummax(after_T), (rows, window))
+        x_BTD = model.hidden(rows_BT, None, starts_BT)
         last_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, i - 1 - first, 1, axis=1)
         logits_V = model.logits(last_B1D)[0, 0, :num_ids]
         return buffer_T.at[i].set(_pick(logits_V, temperature, top_k, jax.random.fold_in(key, i)))
@@ -81,7 +87,9 @@ def write_sample(program: Program, params: object, tokenizer: Tokenizer, prompt:
     ids = list(tokenizer.encode(prompt)) if prompt else [] if tokenizer.eod is None else [tokenizer.eod]
     if not ids:
         raise UserError(Problem(f"prompt {prompt!r}", "gives no token to start from", "write a word"))
-    return prompt + tokenizer.decode(generate(program, params, ids, num_ids=tokenizer.vocab_size, **sampling))
+    return prompt + tokenizer.decode(
+        generate(program, params, ids, num_ids=tokenizer.vocab_size, eod=tokenizer.eod, **sampling)
+    )
 
 
 def main(argv: Sequence[str]) -> int:

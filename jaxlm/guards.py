@@ -56,13 +56,10 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         # computing on another thread, XLA may wrap its RESOURCE_EXHAUSTED into an INTERNAL error
         if type(error).__name__ == "JaxRuntimeError" and any(s in str(error) for s in OUT_OF_MEMORY):
-            remedy = (
-                "lower train.batch_size or train.seq_len, raise train.accumulate or mesh.fsdp, or set model.remat=full"
-            )
+            remedy = "lower train.batch_size, raise train.accumulate or mesh.fsdp, or set model.remat=full"
             raise UserError(Problem(f"device memory, {where()}", str(error).split("\n")[0], remedy)) from error
-        error.add_note(
-            f"  {where()}\n  the same command goes on from the newest checkpoint; if this comes again, report it"
-        )
+        then = "the same command goes on from the newest checkpoint; if this comes again, report it"
+        error.add_note(f"  {where()}\n  {then}")
         raise
 
 
@@ -157,10 +154,8 @@ class Watchdog:
             (phase, since), now = doing, time.monotonic()
             limit_s = self.limit_s(phase)
             if limit_s and now - since > limit_s:
-                doing_what = "step" if phase in STEPPING else phase
-                self._end(
-                    f"no end of this {doing_what} in {now - since:.0f} s; limit {limit_s:.0f} s (train.watchdog_s)"
-                )
+                what = "step" if phase in STEPPING else phase
+                self._end(f"no end of this {what} in {now - since:.0f} s; limit {limit_s:.0f} s (train.watchdog_s)")
             if self._asked and self._grace_s and now - self._asked_s > self._grace_s:
                 asked = signal.Signals(self._asked[0]).name
                 self._end(f"{phase} still not done {self._grace_s:.0f} s after {asked} (train.preempt_grace_s)")

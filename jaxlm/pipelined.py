@@ -70,7 +70,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
             problems.append(Problem(where, text, remedy))
 
     rows, shards = train.batch_unit // train.accumulate, num_row_shards
-    asked = f"pipeline.microbatches={M}"
+    asked = f"pipeline.microbatches={M}" + ("" if settings.microbatches else " (4 a stage, the default)")
     over = f"train.batch_size / train.accumulate = {rows} rows"
     need(rows % (M * shards) == 0, asked, f"does not split {over}, split over {shards} devices already",
          f"use rows that are a multiple of {M * shards}, or other microbatches")  # fmt: skip

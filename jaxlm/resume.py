@@ -71,9 +71,8 @@ class Made:
 
         Raises: UserError with a table unless resume.allow names the setting of the data.
         """
-        read = batch_of(self.step - 1, skipped_batches(now.data.skip_steps)) + 1 if self.step else 0
         before, after = (
-            sets_read(config.data.train, [*sets.values()], steps=read)
+            sets_read(config.data.train, [*sets.values()], steps=self.step)
             for config, sets in ((self.config, self.data), (now, fingerprints))
         )
         if before == after:
@@ -92,16 +91,17 @@ class Made:
 
     def _matters(self, key: str, now: Config, mesh: Mapping[str, int]) -> bool:
         """Whether a changed `key` changes what the run does: some settings count only together with others."""
-        before = self.config
+        before, skipped = self.config, [skipped_batches(config.data.skip_steps) for config in (self.config, now)]
+        last = [batch_of(config.train.num_steps - 1, skip) for config, skip in zip((before, now), skipped)]
+        shuffles = now.data.order == "megatron" and last[0] != last[1]  # all batches up to the last as one
         if key in MASKS:
             return now.model.dropout > 0 and _microbatches(before, self.mesh) != _microbatches(now, mesh)
-        if key == "train.num_steps":  # the horizon of the schedules that end there, and what Megatron shuffles as one
-            return now.optim.schedule in ("cosine", "linear", "wsd") or now.data.order == "megatron"
+        if key == "train.num_steps":  # the horizon of the schedules that end there
+            return now.optim.schedule in ("cosine", "linear", "wsd") or shuffles
         if key == "data.eval":  # with sets of its own for evaluation, a run trains on all of the others
             return bool(before.data.eval) != bool(now.data.eval)
         if key == "data.skip_steps":  # batches that are still to come may be left out
-            old, new = (skipped_batches(config.data.skip_steps) for config in (before, now))
-            return any(batch_of(i, old) != batch_of(i, new) for i in range(self.step))
+            return shuffles or any(batch_of(i, skipped[0]) != batch_of(i, skipped[1]) for i in range(self.step))
         return True
 
     def _refusal(self, what: str, keys: Sequence[str], now: Config, *, allow: Sequence[str] = ()) -> Problem:

@@ -1,7 +1,7 @@
 """What the loop and the tools over a workdir both open: settings, text, the program, batches on devices.
 
-A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl, time.jsonl, tensorboard/, report.md,
-loss.png, summary.json, and stacks.txt where the watchdog ended it.
+A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl (metrics.later.jsonl and .abandoned.jsonl:
+lines of steps made again), time.jsonl, tensorboard/, report.md, loss.png, summary.json, and stacks.txt of the watchdog.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def load_config(workdir: Path) -> Config:
     found = newest_manifest(workdir / "checkpoints")
     if found is None:
         rule = "has no checkpoint: it is not a run, or one that has not saved yet"
-        raise UserError(Problem(f"--workdir={workdir}", rule, "name a run's folder"))
+        code = Exit.UNUSABLE if workdir.is_dir() else Exit.SETUP
+        raise UserError(Problem(f"--workdir={workdir}", rule, "name a run's folder"), exit_code=code)
     return made_with(found, lambda text: print(text, file=sys.stderr))
 
 

@@ -271,7 +271,7 @@ def warnings_to(note: Callable[[str], object]) -> Iterator[None]:
 
 def progress_bar(total: int, what: str, unit: str, **more: Any) -> tqdm:
     """On a terminal a bar that goes away; elsewhere a line every ten seconds, and none if all is done before the first."""
-    line = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {elapsed}, {remaining} left\n"
+    line = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {elapsed}, {remaining} left{postfix}\n"
     more |= {} if sys.stderr.isatty() else dict(delay=10, mininterval=10, miniters=1, bar_format=line)
     return tqdm(total=total, desc=what, unit=unit, leave=False, **more)
 

@@ -69,8 +69,8 @@ from jaxlm.step import (
     StepMetrics,
     TrainState,
     abstract_state,
+    feed,
     init_state,
-    read_batch,
     with_recent,
     without_recent,
 )
@@ -118,9 +118,7 @@ def run(
         progress = stack.enter_context(Progress(num_steps=train.num_steps, stream=stream, before_s=before_s))
         stack.enter_context(warnings_to(progress.note if lock else print))
         watchdog = stack.enter_context(Watchdog(train.watchdog_s, grace_s=train.preempt_grace_s, folder=folder))
-        ledger = stack.enter_context(
-            Ledger(folder, on_enter=watchdog.expect, may_write=lambda: not (lock and lock.lost))
-        )
+        ledger = stack.enter_context(Ledger(folder, on_enter=watchdog.expect, lost=lambda: bool(lock and lock.lost)))
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note if lock else print))
         work = open_work(gang, resolved, workdir, progress.note)
@@ -291,7 +289,7 @@ class Loop:
         return self.compiled.step(state, batch)
 
     def _batch(self, index: int) -> Any:
-        return read_batch(self.program, self.loader, index)
+        return feed(self.program, self.loader, index)
 
     def _read_pending(self) -> None:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
@@ -338,7 +336,7 @@ class Loop:
             whole = held_out.num_batches or 0
             count = min(whole, self.program.config.train.eval_batches or whole)
             unasked = itertools.takewhile(lambda _: self.asked() is None, range(count))
-            rows = (read_batch(self.program, held_out, i) for i in unasked)
+            rows = (feed(self.program, held_out, i) for i in unasked)
             found[name] = evaluate_batches(self.compiled.evaluate, state.params, rows, seen=seen)
             if self.asked() is not None:
                 return

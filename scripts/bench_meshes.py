@@ -64,12 +64,15 @@ def apply(config: Config, text: str) -> Config:
     sections: dict[str, Any] = dict(
         mesh=MeshConfig(data=1), pipeline=PipelineConfig(), train=config.train, model=config.model
     )
+    said = {"true": True, "false": False}
     for key, value in parts.items():
         homes = [name for name, section in sections.items() if key in {f.name for f in dataclasses.fields(section)}]
         if not homes:
             raise UserError(Problem(f"--meshes {text}", f"no axis or setting {key}", f"axes: {', '.join(MESH_AXES)}"))
         home = homes[0]
-        sections[home] = dataclasses.replace(sections[home], **{key: int(value) if value.isdigit() else value})
+        sections[home] = dataclasses.replace(
+            sections[home], **{key: int(value) if value.isdigit() else said.get(value, value)}
+        )
     return dataclasses.replace(config, **sections)
 
 

@@ -13,6 +13,7 @@ import tiny
 
 from jaxlm.config import DataConfig, PipelineConfig, UserError
 from jaxlm.data.loader import Batch
+from jaxlm.generate import generate
 from jaxlm.session import attention_facts, open_mesh
 from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads, put_batch
 
@@ -104,6 +105,18 @@ def test_without_it_the_document_before_is_seen() -> None:
         tiny.replace(config("gpt2"), data=dict(reset_at_eod=False)), tiny.layout(), batch
     )
     assert (grads[:IDS] != 0).any() and abs(loss - loss_alone("gpt2")) > 1e-3
+
+
+def test_what_is_written_after_an_end_of_document_depends_on_what_follows_it_alone() -> None:
+    eod, before, prompt = 60, [3, 9, 27, 4], [40, 7, 12]
+    for apart in (True, False):
+        program = make_program(tiny.replace(config("gpt2"), data=dict(reset_at_eod=apart)), tiny.layout())
+        params = init_state(program).params
+        alone, after = (
+            generate(program, params, ids, max_new_tokens=6, temperature=0, eod=eod, num_ids=eod)
+            for ids in (prompt, [*before, eod, *prompt])
+        )
+        assert (alone == after) == apart
 
 
 def test_a_run_of_packed_rows_compiles_once_and_names_its_kernel() -> None:

@@ -54,11 +54,11 @@ def test_a_run_that_grows_resumes_to_the_bit_and_names_what_it_evaluates(folder:
     assert run(folder, "unbroken") == 0
     assert run(folder, "broken", steps=7) == 0
     for weights in ("0.7/0.2@5", "0.6/0.2@6", "0.7"):  # steps that were taken read other rows
-        with pytest.raises(UserError, match="change its data order"):
+        with pytest.raises(UserError, match=r"token sets are not those(.|\n)*data\.train"):
             run(folder, "broken", weights=weights)
     kept = (folder / "high.idx").read_bytes(), (folder / "high.bin").read_bytes()
     merge([str(folder / "high"), str(folder / "low")], str(folder / "high"))
-    with pytest.raises(UserError, match="high\n.*another set of that name"):
+    with pytest.raises(UserError, match=r"1:high +600 uint16 tokens"):
         run(folder, "broken")
     for ending, content in zip(("idx", "bin"), kept, strict=True):
         (folder / f"high.{ending}").write_bytes(content)
@@ -71,7 +71,7 @@ def test_a_run_that_grows_resumes_to_the_bit_and_names_what_it_evaluates(folder:
     rows = [4, 8, 12, 20, 32, 44, 56, 68, 80, 92, 104, 116]  # samples by then, of 16 tokens
     assert [r["tokens"] for r in records if "loss" in r] == [16 * n for n in rows]
     for record in records:
-        if "eval_loss" in record:  # 600 tokens each, 37 rows: the mean of both
+        if "eval_loss" in record:  # 599 labels each: the mean of both
             assert record["eval_loss"] == pytest.approx((record["eval_loss_low"] + record["eval_loss_high"]) / 2)
 
 
@@ -105,5 +105,5 @@ def get_config():
     assert train.main(command) == 0
     assert numbers(folder / order) == before
     if order == "megatron":  # whose shuffle is of all steps together
-        with pytest.raises(UserError, match="train.num_steps=7"):
+        with pytest.raises(UserError, match=r"train\.num_steps  6 +7"):
             train.main([*command, "--config.train.num_steps=7"])

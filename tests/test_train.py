@@ -224,8 +224,10 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(folder, monkeyp
     order = []
     get, build = jax.device_get, train.build
 
-    def recording_build(*args, **more):
-        compiled = build(*args, **more)
+    def recording_build(program, state, loader, **more):
+        with pytest.MonkeyPatch.context() as patch:  # compiling needs the shapes of batches, and reads none
+            patch.setattr(loader, "batch", lambda *_, **__: order.append("read"))
+            compiled = build(program, state, loader, **more)
 
         def step(state, batch):
             order.append("dispatch")
@@ -407,18 +409,18 @@ def test_a_bad_token_keeps_what_was_trained_and_names_its_place(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tool", "argv", "part"),
+    ("tool", "argv", "part", "code"),
     [
-        (train, ["--confg", "x.py"], "--config"),
-        (train, ["--config", "configs/none.py"], "no file"),
-        (generate, ["--workdir", "/nowhere"], "not a run"),
-        (evaluate, ["--workdir", "/nowhere", "--json"], "not a run"),
+        (train, ["--confg", "x.py"], "--config", 2),
+        (train, ["--config", "configs/none.py"], "no file", 2),
+        (generate, ["--workdir", "/nowhere"], "not a run", 2),
+        (evaluate, ["--workdir", "/", "--json"], "has no checkpoint", 3),
     ],
 )
-def test_mistakes_are_three_lines(tool, argv, part):
+def test_mistakes_are_three_lines(tool, argv, part, code):
     with pytest.raises(UserError, match=part) as caught:
         tool.main(argv)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == code
 
 
 def test_a_run_told_to_leave_saves_before_it_evaluates_and_its_next_start_makes_that_up(folder, unbroken, monkeypatch):

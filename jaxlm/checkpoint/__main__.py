@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jaxlm.checkpoint import examine, layout, manifest
+from jaxlm.checkpoint import examine, layout
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Manifest
@@ -60,17 +60,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def list_steps(args: argparse.Namespace) -> int:
-    """Every checkpoint: when, how large, its metrics, mesh and versions, why it is kept, whether it was verified."""
+    """Every checkpoint: when, how large, its metrics, mesh and versions, why it is kept."""
     directory = args.workdir / "checkpoints"
-    rows, damaged = [], {}
+    rows = []
     for step in committed_steps(directory):
-        path = directory / str(step)
         try:
-            found = read_manifest(path)
-            rows.append(_facts(path, found))
+            rows.append(_facts(read_manifest(directory / str(step))))
         except Damage as damage:
-            damaged[step] = str(damage)
             rows.append({"step": step, "damaged": str(damage)})
+    damaged = {row["step"]: row["damaged"] for row in rows if "damaged" in row}
     sound = {row["step"]: row["metrics"].get(METRIC) for row in rows if "damaged" not in row}
     kept = _retention(directory, args).reasons(sound)
     for row in rows:
@@ -78,7 +76,7 @@ def list_steps(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return Exit.UNUSABLE if damaged else 0
-    table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept", "verified")]
+    table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept")]
     print("\n".join(columns([*table, *map(_row, rows)])))
     for step, reason in damaged.items():
         print(f"step {step} is damaged: {reason}")
@@ -106,7 +104,8 @@ def diff(args: argparse.Namespace) -> int:
         steps = [steps[-1], *committed_steps(args.other / "checkpoints")[-1:]]
     one, other = args.steps or (steps * 2)[-2:]
     paths = _step(args.workdir, one), _step(args.other or args.workdir, other)
-    settings = _differing(*map(_settings, map(read_manifest, paths)))
+    a, b = map(_settings, map(read_manifest, paths))
+    settings = {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
     with _bar(*paths[:1]) as bar:
         arrays = examine.differences(*paths, bar.update)
     if args.json:
@@ -188,10 +187,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
 def _step(workdir: Path, step: int) -> Path:
     steps = committed_steps(workdir / "checkpoints")
     if step not in steps:
-        problem = Problem(
-            str(workdir), f"holds no checkpoint of step {step}", f"it has steps {', '.join(map(str, steps))}"
-        )
-        raise UserError(problem, exit_code=Exit.UNUSABLE)
+        rule, remedy = f"holds no checkpoint of step {step}", f"it has steps {', '.join(map(str, steps))}"
+        raise UserError(Problem(str(workdir), rule, remedy), exit_code=Exit.UNUSABLE)
     return workdir / "checkpoints" / str(step)
 
 
@@ -216,44 +213,31 @@ def _retention(directory: Path, args: argparse.Namespace) -> Retention:
     return rules
 
 
-def _facts(path: Path, found: Manifest) -> dict[str, Any]:
-    try:
-        verified = json.loads((path / manifest.VERIFIED).read_bytes())
-    except (OSError, ValueError):
-        verified = None
+def _facts(found: Manifest) -> dict[str, Any]:
     kept = {
         key: found.metadata[key] for key in ("mesh", "devices", "versions", "data", "export") if key in found.metadata
     }
     own = dict(step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics)
-    return own | {"verified": verified} | kept
+    return own | kept
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:
     if "damaged" in facts:
-        return (str(facts["step"]), *[""] * 6, "DAMAGED")
+        return (str(facts["step"]), *[""] * 5, "DAMAGED")
     pairs = lambda key: " ".join(f"{name}={value:.5g}" for name, value in facts.get(key, {}).items()) or "-"  # noqa: E731
-    verified = facts["verified"]
-    state = "-" if verified is None else (_date(verified["at"]) if verified["sound"] else "DAMAGED")
     versions = facts.get("versions", {})
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts["saved_at"]))
     return (
-        str(facts["step"]), _date(facts["saved_at"]), bytes_text(facts["size_bytes"]), pairs("metrics"), pairs("mesh"),
+        str(facts["step"]), saved, bytes_text(facts["size_bytes"]), pairs("metrics"), pairs("mesh"),
         " ".join(f"{name} {versions[name]}" for name in ("jaxlm", "jax") if name in versions) or "-",
-        ", ".join(facts["kept"]) or "-", state,
+        ", ".join(facts["kept"]) or "-",
     )  # fmt: skip
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _settings(found: Manifest) -> dict[str, Any]:
     """The run's settings, and every other fact, as section.key."""
     facts = {name: value for name, value in found.metadata.items() if name != "config"}
     return dict(flatten(found.metadata.get("config", {})) + flatten(facts))
-
-
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ Arrays are read by the names, shapes and dtypes that a step's manifest has, a gi
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,15 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.layout import committed_steps, is_committed
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import changed, check_sums, read_leaves, read_manifest
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Exit, Problem, UserError
-
-log = logging.getLogger("jaxlm.checkpoint")
 
 BATCH_BYTES = 2**30
 PARAMS = "params."
@@ -41,10 +35,7 @@ def size_bytes(leaves: Mapping[str, Leaf]) -> int:
 
 
 def verify(path: Path, advance: Advance) -> list[Damage]:
-    """Everything that is wrong with the step in `path`; notes in it what was found and when, if it can be written.
-
-    Raises: Damage if a run deleted it meanwhile.
-    """
+    """Everything that is wrong with the step in `path`.   Raises: Damage if a run deleted it meanwhile."""
     try:
         saved = read_manifest(path).leaves
     except Damage as damage:
@@ -64,11 +55,6 @@ def verify(path: Path, advance: Advance) -> list[Damage]:
         advance(size_bytes(batch))
     if not is_committed(path):
         raise Damage(path, "was deleted while it was read")
-    note = {"at": time.time(), "sound": not found}
-    try:
-        (path / manifest.VERIFIED).write_text(json.dumps(note))
-    except OSError as error:
-        log.warning("the result is not kept: %s", error)
     return found
 
 
@@ -123,12 +109,9 @@ def export(path: Path, workdir: Path, output: Path, *, dtype: str, advance: Adva
         metadata = source.metadata | {"export": {"dtype": dtype, "from": str(path)}}
         store.save(source.step, cast, metadata=metadata)
         outcomes = store.close()
-    if any(outcome.error for outcome in outcomes) or store.committed_step != source.step:
-        reason = next((outcome.error for outcome in outcomes if outcome.error), "it holds another step")
-        raise UserError(
-            Problem(f"--output={output}", str(reason), "name an empty folder on a disk with room"),
-            exit_code=Exit.UNUSABLE,
-        )
+    for reason in (outcome.error for outcome in outcomes if outcome.error):
+        remedy = "name an empty folder on a disk with room"
+        raise UserError(Problem(f"--output={output}", reason, remedy), exit_code=Exit.UNUSABLE)
     made = Path("data/chars.json")  # a tokenizer that the run made for itself
     if (workdir / made).is_file():
         (output / made).parent.mkdir(exist_ok=True)

@@ -109,10 +109,7 @@ def abandon(directory: Path, entries: Iterable[Path], reason: str) -> None:
         names = itertools.chain([entry.name], (f"{entry.name}-{n}" for n in itertools.count(1)))
         target = entry.rename(next(folder / name for name in names if not (folder / name).exists()))
         log.warning("%s\n  moved to %s\n  %s", entry, target, reason)
-        with (
-            contextlib.suppress(OSError),
-            open(folder / NOTES, "a") as notes,
-        ):  # a full disk keeps the move, not the note
+        with contextlib.suppress(OSError), open(folder / NOTES, "a") as notes:  # a full disk keeps the move alone
             notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
 
 

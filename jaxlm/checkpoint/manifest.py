@@ -17,7 +17,6 @@ from typing import Any
 
 FILE = "step.json"
 DIGEST_BELOW_BYTES = 8 * 2**20  # arrays have checksums; the small files say where they are and need digests
-VERIFIED = "verified.json"  # written into a step by the command that reads it whole
 
 
 class Damage(Exception):
@@ -96,16 +95,6 @@ def read(path: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damage(path / FILE, f"unreadable: {error}") from error
     return Manifest(content["step"], content["saved_at"], leaves, content["metadata"], files)
-
-
-def check_verified(path: Path) -> None:
-    """Raises Damage where the command that reads a step whole has found it damaged."""
-    try:
-        found = json.loads((path / VERIFIED).read_bytes())
-    except (OSError, ValueError):
-        return
-    if not found["sound"]:
-        raise Damage(path, "it was found damaged when it was verified")
 
 
 def check_files(path: Path, manifest: Manifest) -> None:

@@ -51,7 +51,7 @@ def restore_latest_good(
     A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
     is. What is no checkpoint is skipped.
 
-    Args: as `restore`.   gang: the processes that restore together, each its own parts of one step.
+    gang: the processes that restore together, each its own parts of one step.
     Raises: UserError (exit code 3) with a list of what is wrong if there are steps and none is sound. UserError with a table
       of (path, saved, now) if names, shapes or dtypes of the newest sound step differ.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.manifest import Damage
+from jaxlm.checkpoint.restore import read_manifest
 
 METRIC = "eval_loss"
 
@@ -45,12 +47,7 @@ def superseded(directory: Path, retention: Retention) -> list[int]:
     it keeps no good one from being kept, and stays where it is."""
     losses = {}
     for step in committed_steps(directory):
-        try:
-            found = manifest.read(directory / str(step))
-            manifest.check_files(directory / str(step), found)
-            manifest.check_verified(directory / str(step))
-        except manifest.Damage:
-            continue
-        losses[step] = found.metrics.get(METRIC)
+        with suppress(Damage):
+            losses[step] = read_manifest(directory / str(step)).metrics.get(METRIC)
     kept = retention.reasons(losses)
     return [step for step in losses if step not in kept]

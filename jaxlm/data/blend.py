@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 import functools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.data.samples import Samples, Span
+from jaxlm.data.samples import Samples, Span, normalised
 
 BLOCK = 1 << 16  # samples picked at a time
 
@@ -24,18 +25,19 @@ class Greedy:
     """
 
     def __init__(self, weights: Sequence[float], *, exact: bool):
-        given = np.array(weights, np.float64)
-        self.weights: list[float] = (given / given.sum()).tolist()
+        self.weights = normalised(weights)
         self._exact = exact
         self._counts = [np.zeros(len(weights), np.int64)]  # before each block, as far as they were needed
+        self._counting = threading.RLock()
         self.block = functools.lru_cache(maxsize=4)(self._block)
 
     def counts(self, block: int) -> np.ndarray:
         """Samples of each source before a block, int64[sources]."""
         if block and not self._exact:
             return self._sizes(0) * block
-        while len(self._counts) <= block:
-            self._counts.append(self._counts[-1] + self._sizes(len(self._counts) - 1))
+        with self._counting:
+            while len(self._counts) <= block:
+                self._counts.append(self._counts[-1] + self._sizes(len(self._counts) - 1))
         return self._counts[block]
 
     def before(self, index: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from jaxlm.config import Config, Problem, UserError, skipped_batches
 from jaxlm.data.blend import Blend
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.infill import Infill
-from jaxlm.data.loader import Loader
-from jaxlm.data.megatron import MegatronSamples, split_sequences
+from jaxlm.data.loader import Loader, batch_of
+from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
 from jaxlm.data.prepare import prepare
 from jaxlm.data.ramp import Ramp, in_force
-from jaxlm.data.samples import Samples, TokenRange, Windows, split_ranges, whole
+from jaxlm.data.samples import Samples, TokenRange, Windows, normalised, split, whole
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _NUMBER = r"\d+\.?\d*(?:[eE]-?\d+)?"
@@ -79,27 +78,25 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
     else:
         tokenizer, entries = load_tokenizer(data.tokenizer), [parse_train(entry) for entry in data.train]
     sets = [IndexedDataset(prefix) for prefix, _ in entries]
-    cut = _by_sequences if data.order == "megatron" or data.packing == "best_fit" else _by_tokens
-    cuts = [(whole(s), None) if data.eval else cut(s, data.split) for s in sets]
+    documents = data.order == "megatron" or data.packing == "best_fit"
+    cuts = [(whole(s), None) if data.eval else _cut(s, data.split, documents=documents) for s in sets]
     training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
     evaluation: dict[str, tuple[TokenRange, ...]] = {}
     for entry in data.eval:
         name, prefix = found.groups() if (found := _NAMED.fullmatch(entry)) else ("", entry)
         evaluation[name] = (*evaluation.get(name, ()), whole(IndexedDataset(prefix)))
-    if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > config.train.seq_len)):
+    if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > 1)):
         evaluation[""] = held_out
     return Corpus(tokenizer, training, evaluation)
 
 
-def _by_tokens(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
-    first, second, *_ = split_ranges(dataset.num_tokens, shares=shares)
-    return TokenRange(dataset, *first), TokenRange(dataset, *second)
-
-
-def _by_sequences(dataset: IndexedDataset, shares: Sequence[float]) -> tuple[TokenRange, TokenRange]:
-    first, second, *_ = split_sequences(len(dataset), shares=shares)
-    start, middle, end = dataset.first_tokens(np.array([first.start, second.start, second.stop])).tolist()
-    return TokenRange(dataset, start, middle, first), TokenRange(dataset, middle, end, second)
+def _cut(dataset: IndexedDataset, shares: Sequence[float], *, documents: bool) -> list[TokenRange]:
+    """Training's and evaluation's share of a set, of its tokens, or of its sequences, whole."""
+    parts = split(len(dataset) if documents else dataset.num_tokens, shares=shares)[:2]
+    if not documents:
+        return [TokenRange(dataset, part.start, part.stop) for part in parts]
+    at = dataset.first_tokens(np.array([parts[0].start, parts[1].start, parts[1].stop])).tolist()
+    return [TokenRange(dataset, at[k], at[k + 1], parts[k]) for k in (0, 1)]
 
 
 def training_samples(parts: tuple[TokenRange, ...], config: Config, ramp: Ramp) -> Samples:
@@ -110,20 +107,21 @@ def training_samples(parts: tuple[TokenRange, ...], config: Config, ramp: Ramp) 
     if weighted and len(weighted) < len(parts):
         bare = next(part for part in parts if not part.weights).dataset.prefix
         raise UserError(Problem(f"data.train: {bare}", "has no weight, and others have", f"write it as 1.0:{bare}"))
-    phases = [(ramp.before(step), weights) for step, weights in _phases(parts)]
+    skip = skipped_batches(data.skip_steps)
+    phases = [(ramp.before(batch_of(step, skip)) if step else 0, weights) for step, weights in _phases(parts)]
     if data.order == "megatron":
-        total = ramp.before(train.num_steps)
+        total = ramp.before(batch_of(train.num_steps - 1, skip) + 1)
         if len(parts) == 1 and not weighted:
             return MegatronSamples(parts[0], num_samples=total, **sized)
         shares: list[int | None] = [None] * len(parts)
         if weighted:
-            shares = [ceil(ceil(total * w / sum(phases[0][1])) * (1 + SURPLUS)) for w in phases[0][1]]
+            shares = [ceil(ceil(total * share) * (1 + SURPLUS)) for share in normalised(phases[0][1])]
         sources = [MegatronSamples(part, num_samples=share, **sized) for part, share in zip(parts, shares)]
         return Blend(sources, phases or [(0, [s.num_samples for s in sources])], exact=True)
-    make = Packed if data.packing == "best_fit" else partial(Windows, shuffle=True)
+    make = Packed if data.packing == "best_fit" else Windows
     if not weighted:
-        return make(parts, **sized)
-    return Blend([make([part], **sized) for part in parts], phases, exact=False)
+        return make(parts, shuffle=True, **sized)
+    return Blend([make([part], shuffle=True, **sized) for part in parts], phases, exact=False)
 
 
 def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
@@ -141,7 +139,7 @@ def _phases(parts: tuple[TokenRange, ...]) -> list[tuple[int, list[float]]]:
 
 
 def sets_read(entries: Sequence[str], fingerprints: Sequence[str], *, steps: int) -> list[tuple[str, list]]:
-    """(fingerprint, weights by step) of each set that the first `steps` batches may have rows of.
+    """(fingerprint, weights by step) of each set that the first `steps` steps may have rows of.
 
     entries: of data.train; none where data.path is one set.   fingerprints: of the sets, in that order.
     """
@@ -167,8 +165,9 @@ def training_loader(config: Config, corpus: Corpus) -> Loader:
 
 
 def evaluation_loader(config: Config, parts: tuple[TokenRange, ...], tokenizer: Tokenizer) -> Loader:
-    """The batches of an evaluation: every row of `parts` in file order, once."""
-    samples = Windows(parts, seq_len=config.train.seq_len, seed=0, shuffle=False)
+    """The batches of an evaluation: every label of `parts` once, in file order; where training packs documents, packed."""
+    order = Packed if config.data.packing == "best_fit" else Windows
+    samples = order(parts, seq_len=config.train.seq_len, seed=0, shuffle=False)
     return _loader(config, tokenizer, samples, Ramp(config.train.batch_size))
 
 
@@ -178,9 +177,9 @@ def evaluation_loaders(config: Config, corpus: Corpus, note: Callable[[str], Non
         sets = corpus.evaluation.items()
         return {name: evaluation_loader(config, parts, corpus.tokenizer) for name, parts in sets}
     if config.train.eval_every:
-        where, rule = f"train.eval_every={config.train.eval_every}", "no row of train.seq_len + 1 tokens is held out"
+        where, rule = f"train.eval_every={config.train.eval_every}", "no text is held out"
         raise UserError(Problem(where, rule, "raise data.split's second share, name data.eval, or set it to 0"))
-    note("no evaluation: data.split and data.eval hold no row out")
+    note("no evaluation: data.split and data.eval hold no text out")
     return {}
 
 

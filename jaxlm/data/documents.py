@@ -10,7 +10,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +36,7 @@ class Chunk(NamedTuple):
     data: bytes
 
 
-@dataclass
-class Parsed:
+class Parsed(NamedTuple):
     """The documents of a chunk: `texts[k][d]` is the text of key k in document d; and each line that has none."""
 
     texts: list[list[str]]
@@ -54,20 +52,18 @@ def expand(patterns: tuple[str, ...], *, setting: str) -> list[str]:
     problems = []
     for pattern in map(os.path.expanduser, patterns):
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if found := [path for path in matches if not os.path.isdir(path)]:  # a pipe is as good as a file
-            files.update(dict.fromkeys(found))
-        elif matches:
-            remedy = f"name files in it, such as {os.path.join(pattern, '*.txt')}"
-            problems.append(Problem(f"{setting}: {pattern}", "is a folder", remedy))
-        else:
-            problems.append(Problem(f"{setting}: {pattern}", f"matches no file from {os.getcwd()}", "check the path"))
+        found = [path for path in matches if not os.path.isdir(path)]  # a pipe is as good as a file
+        files.update(dict.fromkeys(found))
+        if not found:
+            rule = "is a folder" if matches else f"matches no file from {os.getcwd()}"
+            problems.append(Problem(f"{setting}: {pattern}", rule, "name files, or a pattern such as FOLDER/*.txt"))
     if problems:
         raise UserError(*problems)
     return list(files)
 
 
-def read_chunks(path: str, *, on_read: Callable[[bytes], object]) -> Iterator[Chunk]:
-    """The chunks of a file, in order; `on_read` gets its bytes as they lie on disk.
+def read_chunks(path: str, *, on_read: Callable[[int], object] = lambda _: None) -> Iterator[Chunk]:
+    """The chunks of a file, in order; `on_read` is told how many bytes are read as they lie on disk.
 
     Raises: UserError if the file cannot be read, or is compressed and damaged.
     """
@@ -85,13 +81,13 @@ def read_chunks(path: str, *, on_read: Callable[[bytes], object]) -> Iterator[Ch
         raise UserError(Problem(path, f"is damaged: {error}", "copy it anew from where it came")) from error
 
 
-def _blocks(path: str, on_read: Callable[[bytes], object]) -> Iterator[bytes]:
+def _blocks(path: str, on_read: Callable[[int], object]) -> Iterator[bytes]:
     """The content of a file, decompressed; concatenated members or frames are one content."""
     make = _DECOMPRESSORS.get(Path(path).suffix)
     decompressor = None
     with open(path, "rb") as file:
         while raw := file.read(_READ_BYTES):
-            on_read(raw)
+            on_read(len(raw))
             if make is None:
                 yield raw
                 continue
@@ -139,12 +135,10 @@ def parse(chunk: Chunk, *, keys: tuple[str, ...]) -> Parsed:
         if not line.strip():
             continue
         try:
-            fields = _fields(line, keys)
+            for texts, text in zip(parsed.texts, _fields(line, keys), strict=True):
+                texts.append(text)
         except ValueError as error:
             parsed.bad_lines.append((number, str(error)))
-            continue
-        for texts, text in zip(parsed.texts, fields, strict=True):
-            texts.append(text)
     return parsed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -10,24 +11,24 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.documents import Chunk, parse, read_chunks
 from jaxlm.data.indexed import IndexedWriter
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.settings import progress_bar
 
 SHARD_CHUNKS = 64  # written between two marks from which a killed command goes on
 CHUNKS_PER_WORKER = 3  # read ahead of the writer; bounds memory
 BAD_LINES_KEPT = 20
-LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 
 class Encoded(NamedTuple):
@@ -55,47 +56,34 @@ class Totals:
 
 
 class Reader:
-    """Reads files and shows how far it is, speed and time left: a bar on a terminal, else lines given to `log`."""
+    """Reads files and shows on stderr how far it is, speed and time left: at once on a terminal, else now and then.
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        *,
-        log: Callable[[str], object],
-        bar: bool,
-        on_read: Callable[[str, bytes], object] = lambda path, raw: None,
-    ):
-        self._files, self._log, self._on_read = files, log, on_read
-        self._total_bytes, self._read_bytes = sum(map(os.path.getsize, files)), 0
-        self._start_s = self._line_s = time.perf_counter()
-        self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, desc="read", leave=False, disable=not bar)
+    `before` is what an earlier, ended run had read of them: it is passed over.
+    """
 
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._start_s
+    def __init__(self, files: Sequence[str], *, before: Totals | None = None):
+        self.files, self._before, self._start_s = files, dataclasses.replace(before or Totals()), time.perf_counter()
+        self._bar = progress_bar(sum(map(os.path.getsize, files)), "read", "B", unit_scale=True)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The chunks of all files; `on_read` gets each path and its bytes as they lie on disk."""
-        for path in self._files:
-            yield from read_chunks(path, on_read=functools.partial(self._note, path))
+    def chunks(self) -> Generator[Chunk, None, None]:
+        """The chunks of all files."""
+        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._bar.update))
+        for _ in itertools.islice(chunks, self._before.chunks):
+            pass
+        self._bar.initial, self._bar.start_t, self._start_s = self._bar.n, time.time(), time.perf_counter()
+        try:
+            yield from chunks
+        finally:
+            self._bar.close()
 
-    def _note(self, path: str, raw: bytes) -> None:
-        self._read_bytes += len(raw)
-        self._on_read(path, raw)
+    def speed(self, totals: Totals) -> str:
+        took_s = max(time.perf_counter() - self._start_s, 1e-9)
+        megabytes = (totals.text_bytes - self._before.text_bytes) / 1e6
+        return f"{megabytes:.1f} MB of text in {took_s:.1f} s, {megabytes / took_s:.2f} MB/s"
 
     def show(self, totals: Totals) -> None:
-        speed = f"{totals.text_bytes / 1e6 / max(self.elapsed_s, 1e-9):.1f} MB/s of text"
         counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
-        self._bar.set_postfix_str(f"{speed}, {counts}", refresh=False)
-        self._bar.update(self._read_bytes - self._bar.n)
-        if self._bar.disable and time.perf_counter() - self._line_s >= LINE_EVERY_S:
-            self._line_s = time.perf_counter()
-            left_s = max(self.elapsed_s * (self._total_bytes / max(self._read_bytes, 1) - 1), 0)
-            share = f"{self._read_bytes / 1e6:.1f} of {self._total_bytes / 1e6:.1f} MB read"
-            self._log(f"{share}, {speed}, {counts}, about {left_s:.0f} s left")
-
-    def close(self) -> None:
-        self._bar.close()
+        self._bar.set_postfix_str(f"{self.speed(totals)}, {counts}", refresh=False)
 
 
 def write_documents(
@@ -104,38 +92,41 @@ def write_documents(
     writers: dict[str, IndexedWriter],
     tokenizer: Tokenizer,
     append_eod: bool,
-    bad_lines_remedy: str,
+    totals: Totals,
     max_bad_lines: int = 0,
     workers: int = 1,
-    before: Totals | None = None,
-    on_shard: Callable[[Totals], object] = lambda _: None,
-) -> Totals:
-    """Encode what is read and append each document to the writer of its key; the result does not depend on `workers`.
+    on_shard: Callable[[], object] = lambda: None,
+) -> None:
+    """Encode what is read, append each document to the writer of its key, and count in `totals`; the result does not depend
+    on `workers`. `on_shard` is called where a killed command may go on, the end included.
 
-    `on_shard` is told now and then how far it is; `before` is such a moment of an earlier call, from which to go on.
-    Raises: UserError past `max_bad_lines` lines without text, with `bad_lines_remedy` as what to do.
+    Raises: UserError past `max_bad_lines` lines without text, or if there is no text.
     """
-    totals = before or Totals()
-    keys, rest = tuple(writers), itertools.islice(reader.chunks(), totals.chunks, None)
-    for encoded in _encode_all(rest, tokenizer=tokenizer, keys=keys, append_eod=append_eod, workers=workers):
-        for number, reason in encoded.bad_lines:
-            totals.bad += 1
-            if totals.bad > max_bad_lines:
-                rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
-                raise UserError(Problem(f"{encoded.path}, line {number}", rule, bad_lines_remedy))
-            if totals.bad <= BAD_LINES_KEPT:
-                totals.bad_lines.append(f"{encoded.path}, line {number}: {reason}")
-        for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
-            writer.add_documents(tokens, lengths=lengths)
-            totals.documents += len(lengths)
-            totals.tokens += len(tokens)
-        totals.empty += encoded.num_empty
-        totals.text_bytes += encoded.text_bytes
-        totals.chunks += 1
-        reader.show(totals)
-        if totals.chunks % SHARD_CHUNKS == 0:
-            on_shard(totals)
-    return totals
+    options: Any = dict(tokenizer=tokenizer, keys=tuple(writers), append_eod=append_eod, workers=workers)
+    with closing(reader.chunks()) as chunks:
+        for encoded in _encode_all(chunks, **options):
+            for number, reason in encoded.bad_lines:
+                totals.bad += 1
+                where = f"{encoded.path}, line {number}"
+                if totals.bad > max_bad_lines:
+                    rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
+                    remedy = "mend the line, or skip such lines: python -m jaxlm.data.preprocess --max-bad-lines N"
+                    raise UserError(Problem(where, rule, remedy))
+                if totals.bad <= BAD_LINES_KEPT:
+                    totals.bad_lines.append(f"{where}: {reason}")
+            for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
+                writer.add_documents(tokens, lengths=lengths)
+                totals.documents += len(lengths)
+                totals.tokens += len(tokens)
+            totals.empty += encoded.num_empty
+            totals.text_bytes += encoded.text_bytes
+            totals.chunks += 1
+            reader.show(totals)
+            if totals.chunks % SHARD_CHUNKS == 0:
+                on_shard()
+    if not totals.tokens:
+        raise UserError(Problem(" ".join(reader.files[:3]), "holds no text", "name files with text in them"))
+    on_shard()
 
 
 def encode_chunk(chunk: Chunk, *, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> Encoded:

@@ -38,9 +38,11 @@ class Infill:
         return np.concatenate([self._rewrite(row[a:b], *draw) for a, b, draw in zip(bounds, bounds[1:], draws)])
 
     def _rewrite(self, tokens: np.ndarray, chosen: float, suffix_first: float, *cuts: float) -> np.ndarray:
+        if chosen >= self.rate:
+            return tokens
         end = tokens[-1:] if len(tokens) and tokens[-1] == self.tokenizer.eod else tokens[:0]
         text = self.tokenizer.decode(tokens[: len(tokens) - len(end)])
-        if not text or "\ufffd" in text or chosen >= self.rate:
+        if not text or "\ufffd" in text:
             return tokens
         a, b = sorted(int(cut * (len(text) + 1)) for cut in cuts)
         prefix, middle, suffix = self.tokenizer.encode_batch([text[:a], text[a:b], text[b:]])

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -18,6 +19,7 @@ from jaxlm.config import Problem, UserError
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.ramp import Ramp, in_force
 from jaxlm.data.samples import Samples, Span
+from jaxlm.data.stored import Stored
 
 T = TypeVar("T")
 CLOSE_S = 5.0
@@ -40,9 +42,10 @@ def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
     return step
 
 
+@dataclass(eq=False)
 class Loader:
     """The batches of `samples`: batch i takes `ramp.size(i)` of them, from number `ramp.before(i)` on, and a step reads
-    batch `batch_of(step, skip)`.
+    batch `batch_of(step, skip)`. The ramp counts samples, so those in `skip` too; `lengths` counts steps.
 
     A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
     fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
@@ -51,28 +54,24 @@ class Loader:
     Raises: UserError if the end of documents is asked for and there is no `eod`.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        ramp: Ramp,
-        *,
-        eod: int | None,
-        vocab_size: int,
-        mask_eod_loss: bool = False,
-        separates: bool = False,
-        lengths: Sequence[tuple[int, int]] = (),
-        skip: Sequence[tuple[int, int]] = (),
-        rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None,
-    ):
-        if (mask_eod_loss or separates) and eod is None:
-            where = "data.mask_eod_loss" if mask_eod_loss else "data.reset_at_eod, data.packing"
+    samples: Samples
+    ramp: Ramp
+    _: KW_ONLY
+    eod: int | None
+    vocab_size: int
+    mask_eod_loss: bool = False
+    separates: bool = False
+    lengths: Sequence[tuple[int, int]] = ()
+    skip: Sequence[tuple[int, int]] = ()
+    rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mask_eod_loss or self.separates) and self.eod is None:
+            where = "data.mask_eod_loss" if self.mask_eod_loss else "data.reset_at_eod, data.packing"
             remedy = "leave it out, or use another tokenizer"
             raise UserError(Problem(where, "the tokenizer has no end-of-document token", remedy))
-        assert vocab_size > 0 and (separates or not samples.separate) and (samples.endless or not skip)
-        self.samples, self.ramp, self.lengths, self.skip = samples, ramp, lengths, skip
-        self.vocab_size = vocab_size
-        self._eod, self._masks, self._separates, self._rewrite = eod, mask_eod_loss, separates, rewrite
-        self.num_batches = None if samples.endless else -(-samples.num_samples // ramp.final)
+        assert self.separates or not self.samples.separate
+        self.num_batches = None if self.samples.endless else -(-self.samples.num_samples // self.ramp.final)
 
     def tokens_before(self, step: int) -> int:
         """Tokens in all steps before it."""
@@ -91,6 +90,11 @@ class Loader:
         named = ", ".join(f"{Path(row[0].dataset.prefix).name} token {row[0].start}" for row in spans)
         return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > most else "")
 
+    def shape(self, step: int) -> tuple[int, int]:
+        """(rows, tokens of a row) of a step's batch."""
+        T = in_force(self.lengths, step, self.samples.seq_len)
+        return self.ramp.size(batch_of(step, self.skip)) * (self.samples.seq_len // T), T
+
     def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> Batch:
         """The batch of a step, or the rows of it that one of several hosts feeds: an even share, in order.
 
@@ -102,39 +106,30 @@ class Loader:
         assert size % hosts == 0, "rows split evenly over hosts"
         indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
         spans = self.samples.spans(indices if self.samples.endless else indices[indices < self.samples.num_samples])
-        rows = self._separate(spans, indices) if self.samples.separate else self._joined(spans, indices)
+        for dataset, start, stop in itertools.chain(*spans):
+            if isinstance(dataset.tokens, Stored):
+                dataset.tokens.expect(start, stop)
+        rows = self._rows(spans, indices)
         for x in rows[:2]:
             if x.size and x.view(np.uint32).max() >= self.vocab_size:  # as unsigned, negative ids are large
                 self._refuse_token(spans)
-        T = in_force(self.lengths, number, self.samples.seq_len)
-        rows = Batch(*(x if x is None else x.reshape(-1, T) for x in rows))
-        if self._masks:
-            rows.weights[rows.tokens == self._eod] = 0
-        return rows._replace(starts=self._starts(rows)) if self._separates else rows
+        rows = Batch(*(x.reshape(-1, self.shape(step)[1]) for x in rows))
+        if self.mask_eod_loss:
+            rows.weights[rows.tokens == self.eod] = 0
+        return rows._replace(starts=self._starts(rows) if self.separates else None)
 
-    def _joined(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
-        """Each sample one stretch of tokens."""
-        x_BT1 = np.zeros((len(indices), self.samples.seq_len + 1), np.int32)
-        for row, parts, index in zip(x_BT1, spans, indices.tolist()):
-            at = 0
-            for dataset, start, stop in parts:
-                row[at : at + stop - start] = _read(dataset, start, stop)
-                at += stop - start
-            if self._rewrite is not None:
-                row[:] = self._rewrite(row, index)
-        weights = np.zeros((len(indices), self.samples.seq_len), np.float32)
-        weights[: len(spans)] = 1
-        return Batch(np.ascontiguousarray(x_BT1[:, :-1]), np.ascontiguousarray(x_BT1[:, 1:]), weights)
-
-    def _separate(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
-        """Each span inputs and labels of its own; what is left of a row is one more document, of weight 0."""
+    def _rows(self, spans: list[list[Span]], indices: np.ndarray) -> Batch:
+        """A row a sample: each stretch of tokens inputs and labels of its own; what is left is one more, of weight 0."""
         shape = (len(indices), self.samples.seq_len)
         tokens, labels, starts = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
-        for row, parts in enumerate(spans):
+        for row, (parts, index) in enumerate(zip(spans, indices.tolist())):
             at = 0
-            for dataset, start, stop in parts:
-                values, here = _read(dataset, start, stop), slice(at, at + stop - start - 1)
+            for stretch in ([part] for part in parts) if self.samples.separate else (parts,):
+                values = _read(*stretch[0]) if len(stretch) == 1 else np.concatenate([_read(*part) for part in stretch])
+                if self.rewrite is not None:
+                    values = self.rewrite(values, index)
+                here = slice(at, at + len(values) - 1)
                 tokens[row, here], labels[row, here] = values[:-1], values[1:]
                 weights[row, here], starts[row, here] = 1, at
                 at = here.stop
@@ -144,10 +139,10 @@ class Loader:
     def _starts(self, rows: Batch) -> np.ndarray:
         """Where each position's document starts: after the last `eod` before it, or where its span does."""
         B, T = rows.tokens.shape
-        starts_BT = np.zeros((B, T), np.int32)
-        if rows.starts is not None:  # counted in a sample; where a row begins within one, so does a document
-            starts_BT = np.maximum(rows.starts - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
-        after = np.where(rows.tokens[:, :-1] == self._eod, np.arange(1, T, dtype=np.int32), 0)
+        starts_BT = rows.starts
+        if self.samples.seq_len > T:  # they are counted in a sample; where a row begins within one, so does a document
+            starts_BT = np.maximum(starts_BT - (np.arange(B, dtype=np.int32) * T % self.samples.seq_len)[:, None], 0)
+        after = np.where(rows.tokens[:, :-1] == self.eod, np.arange(1, T, dtype=np.int32), 0)
         starts_BT[:, 1:] = np.maximum(starts_BT[:, 1:], np.maximum.accumulate(after, axis=1))
         return starts_BT
 
@@ -156,9 +151,10 @@ class Loader:
             tokens = dataset.tokens[start:stop]
             wrong = (tokens < 0) | (tokens >= self.vocab_size)
             if wrong.any():
-                position = start + int(np.argmax(wrong))
+                at = int(np.argmax(wrong))
+                position = start + at
                 where = f"{dataset.prefix}.bin, token {position} (byte {position * dataset.dtype.itemsize})"
-                rule = f"token id {int(dataset.tokens[position])} is not below the vocabulary size, {self.vocab_size}"
+                rule = f"token id {int(tokens[at])} is not below the vocabulary size, {self.vocab_size}"
                 remedy = "set model.vocab_size and data.tokenizer to those the set was made with, or tokenize it anew"
                 raise UserError(Problem(where, rule, remedy))
         raise AssertionError("only what a set holds can be out of range")

@@ -16,13 +16,6 @@ from jaxlm.data.samples import Span, TokenRange, refuse_short
 SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch that gives fewer is shuffled by itself
 
 
-def split_sequences(num_sequences: int, *, shares: Sequence[float]) -> list[range]:
-    """The sequences of each share, cut as Megatron's --split cuts them."""
-    weights = np.array(shares, np.float64)
-    bounds = [round(end * float(num_sequences)) for end in (0.0, *np.cumsum(weights / weights.sum()).tolist())]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:])]
-
-
 class MegatronSamples:
     """The samples of some sequences of a set ("documents" in Megatron's words): at least `num_samples`, or with None those
     of one epoch. A number beyond what there is starts again from the first.

@@ -32,7 +32,7 @@ def merge(prefixes: Sequence[str], output: str) -> None:
                 first, *ends = dataset.document_indices[start : start + _BLOCK_DOCUMENTS + 1].tolist()
                 begin, end = dataset.first_tokens(np.array([first, ends[-1]])).tolist()
                 lengths, ends = dataset.lengths[first : ends[-1]], np.array(ends) - first
-                writer.add_sequences(dataset.tokens[begin:end], lengths=lengths, document_ends=ends)
+                writer.add_documents(dataset.tokens[begin:end], lengths=lengths, ends=ends)
 
 
 def main(argv: Sequence[str]) -> int:

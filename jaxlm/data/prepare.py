@@ -8,22 +8,18 @@ the former state or a folder that the next run fills anew, to the same bytes.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import open_exclusive, sync_folder, write_whole
 from jaxlm.data.documents import expand, parse, read_chunks
-from jaxlm.data.encode import Reader, write_documents
+from jaxlm.data.encode import Reader, Totals, write_documents
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from jaxlm.data.tokenizer import CharTokenizer, Tokenizer, build_chars, load_tokenizer
 
@@ -55,163 +51,113 @@ def prepare(
     Raises: UserError if nothing matches, a source cannot be read, or a source changed since the set was made.
     """
     if not paths:
-        remedy = "set data.path to text files, or data.train to token sets"
-        raise UserError(Problem("data.path", "names no file", remedy))
-    tokenizer = None if tokenizer_spec == "chars" else load_tokenizer(tokenizer_spec)
-    job = _Job(paths, tokenizer_spec, text_key, Path(folder), log, tokenizer)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    lock = open_exclusive(job.folder / "lock", wait=False)
+        raise UserError(Problem("data.path", "names no file", "set it to text files, or data.train to token sets"))
+    tokenizer, where = None if tokenizer_spec == "chars" else load_tokenizer(tokenizer_spec), Path(folder)
+    settings = {
+        "format": FORMAT,
+        "data.path": list(paths),
+        "data.tokenizer": tokenizer_spec,
+        "tokenizer files": {path: _sha256(path) for path in (tokenizer.files if tokenizer else ())},
+        "data.text_key": text_key,
+    }
+    where.mkdir(parents=True, exist_ok=True)
+    lock = open_exclusive(where / "lock", wait=False)
     if lock is None:
-        log(f"data: waiting for another process that prepares {job.folder}")
-        lock = open_exclusive(job.folder / "lock", wait=True)
+        log(f"data: waiting for another process that prepares {where}")
+        lock = open_exclusive(where / "lock", wait=True)
     assert lock is not None
     with lock:
-        return Prepared(job.prefix, job.reuse() or job.build())
+        made = _reuse(where, settings, tokenizer, log) if (where / "manifest.json").exists() else None
+        return Prepared(str(where / "corpus"), made or _build(where, settings, tokenizer, log))
 
 
-@dataclass
-class _Job:
-    """What the caller asks for, and where it goes; `tokenizer` is None where the corpus makes it."""
+def _reuse(
+    folder: Path, settings: dict[str, Any], tokenizer: Tokenizer | None, log: Callable[[str], object]
+) -> Tokenizer | None:
+    """The tokenizer of the set that is there, or None if no set there answers the request; then `log` is told why."""
+    why, prefix = "", str(folder / "corpus")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        made_with, num_tokens = manifest["settings"], manifest["set"]["tokens"]
+        known = {part["path"]: (part["bytes"], part["mtime_ns"], part["sha256"]) for part in manifest["sources"]}
+        changed = [key for key, value in settings.items() if made_with.get(key) != value]
+        why = "; ".join(f"{key} was {made_with.get(key)}, is {settings[key]}" for key in changed)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        why, manifest, known, num_tokens = f"{folder / 'manifest.json'} is damaged", {}, {}, 0
+    if not why and _refuse_changes(folder, settings["data.path"], known):
+        for source in manifest["sources"]:
+            with suppress(OSError):
+                source["mtime_ns"] = os.stat(source["path"]).st_mtime_ns
+        _write_manifest(folder, manifest)
+    try:
+        if not why and (found := IndexedDataset(prefix).num_tokens) != num_tokens:
+            why = f"{prefix} holds {found} tokens, its manifest says {num_tokens}"
+        tokenizer = tokenizer or (None if why else load_tokenizer(f"chars:{folder / 'chars.json'}"))
+    except UserError as error:
+        why = f"{error.problems[0].where}: {error.problems[0].rule}"
+    log(f"data: tokenizing again: {why}" if why else f"data: {num_tokens:,} tokens in {prefix}.bin, made earlier")
+    return None if why else tokenizer
 
-    paths: tuple[str, ...]
-    spec: str
-    text_key: str
-    folder: Path
-    log: Callable[[str], object]
-    tokenizer: Tokenizer | None
 
-    def __post_init__(self) -> None:
-        self.prefix = str(self.folder / "corpus")
-        self.chars_file = str(self.folder / "chars.json")
-        self.manifest_file = self.folder / "manifest.json"
-        # everything but the sources that decides the tokens, as JSON
-        self.settings = {
-            "format": FORMAT,
-            "data.path": list(self.paths),
-            "data.tokenizer": self.spec,
-            "tokenizer files": {path: _sha256(path) for path in (self.tokenizer.files if self.tokenizer else ())},
-            "data.text_key": self.text_key,
-        }
+def _refuse_changes(folder: Path, patterns: Sequence[str], known: dict[str, tuple[int, int, str]]) -> bool:
+    """Raises UserError for sources that are not what the set was made of; whether some were touched and are the same."""
+    problems, touched = [], False
+    present: list[str] = []
+    for pattern in patterns:
+        with suppress(UserError):  # what is gone does not matter
+            present += expand((pattern,), setting="data.path")
+    for path in present:
+        stat, rule = os.stat(path), ""
+        num_bytes, mtime_ns, sha256 = known.get(path, (stat.st_size, stat.st_mtime_ns, ""))
+        if path not in known:
+            rule = "was not there when the training data was tokenized, and data.path matches it now"
+        elif stat.st_size != num_bytes:
+            rule = f"has {stat.st_size} bytes; it had {num_bytes} when the training data was tokenized"
+        elif stat.st_mtime_ns != mtime_ns:
+            touched = True
+            rule = "" if _sha256(path) == sha256 else "has other content than when the training data was tokenized"
+        if rule:
+            remedy = f"restore what was there, or train with a fresh workdir (this set is in {folder})"
+            problems.append(Problem(path, rule, remedy))
+    if problems:
+        raise UserError(*problems)
+    return touched
 
-    def reuse(self) -> Tokenizer | None:
-        """The tokenizer of the set that is there, or None if no set there answers the request."""
-        if not self.manifest_file.exists():
-            return None
-        try:
-            manifest = _read_manifest(self.manifest_file)
-            made_with, expected = manifest["settings"], manifest["set"]["tokens"]
-            differing = [name for name, value in self.settings.items() if made_with.get(name) != value]
-            if differing:
-                changes = [f"{name} was {made_with.get(name)}, is {self.settings[name]}" for name in differing]
-                raise _Unusable("; ".join(changes))
-            self._check_sources(manifest)
-            try:
-                num_tokens = IndexedDataset(self.prefix).num_tokens
-                tokenizer = self.tokenizer or load_tokenizer(f"chars:{self.chars_file}")
-            except UserError as error:
-                raise _Unusable(f"{error.problems[0].where}: {error.problems[0].rule}") from error
-            if num_tokens != expected:
-                raise _Unusable(f"{self.prefix} holds {num_tokens} tokens, its manifest says {expected}")
-        except _Unusable as reason:
-            self.log(f"data: tokenizing again: {reason}")
-            return None
-        self.log(f"data: {num_tokens:,} tokens in {self.prefix}.bin, made earlier")
-        return tokenizer
 
-    def _check_sources(self, manifest: dict[str, Any]) -> None:
-        """Refuse sources that are not what the set was made of; note new times of change of those that are."""
-        known, problems, touched = {source["path"]: source for source in manifest["sources"]}, [], False
-        present: list[str] = []
-        for pattern in self.paths:
-            with suppress(UserError):  # what is gone does not matter
-                present += expand((pattern,), setting="data.path")
-        for path in present:
-            source, stat, rule = known.get(path), os.stat(path), ""
-            if source is None:
-                rule = "was not there when the training data was tokenized, and data.path matches it now"
-            elif stat.st_size != source["bytes"]:
-                rule = f"has {stat.st_size} bytes; it had {source['bytes']} when the training data was tokenized"
-            elif stat.st_mtime_ns != source["mtime_ns"]:
-                if _sha256(path) != source["sha256"]:
-                    rule = "has other content than when the training data was tokenized"
-                source["mtime_ns"], touched = stat.st_mtime_ns, True
-            if rule:
-                remedy = f"restore what was there, or train with a fresh workdir (this set is in {self.folder})"
-                problems.append(Problem(path, rule, remedy))
-        if problems:
-            raise UserError(*problems)
-        if touched:
-            self._write_manifest(manifest)
-
-    def build(self) -> Tokenizer:
-        """Tokenize every source; then replace what an earlier run left, its manifest first and the new one last."""
-        files = expand(self.paths, setting="data.path")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own threads; no processes beside a trainer
-        digests = {path: hashlib.sha256() for path in files}
-        reader = Reader(
-            files,
-            log=lambda line: self.log(f"data: {line}"),
-            bar=False,
-            on_read=lambda path, raw: digests[path].update(raw),
+def _build(
+    folder: Path, settings: dict[str, Any], tokenizer: Tokenizer | None, log: Callable[[str], object]
+) -> Tokenizer:
+    """Tokenize every source; then replace what an earlier run left, its manifest first and the new one last."""
+    files, key = expand(tuple(settings["data.path"]), setting="data.path"), settings["data.text_key"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own threads; no processes beside a trainer
+    sources = [
+        {"path": path, "bytes": (stat := os.stat(path)).st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)}
+        for path in files
+    ]
+    if chars := tokenizer is None:
+        chunks = (chunk for path in files for chunk in read_chunks(path))
+        texts = (text for chunk in chunks for text in parse(chunk, keys=(key,)).texts[0])
+        tokenizer = build_chars(texts, file=str(folder / "chars.json"))
+    reader, totals = Reader(files), Totals()
+    with IndexedWriter(folder / "corpus", dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
+        write_documents(
+            reader, writers={key: writer}, tokenizer=tokenizer, append_eod=tokenizer.eod is not None, totals=totals
         )
-        tokenizer = self.tokenizer or self._chars_of(files)
-        stats = [os.stat(path) for path in files]
-        with IndexedWriter(self.prefix, dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
-            totals = write_documents(
-                reader,
-                writers={self.text_key: writer},
-                tokenizer=tokenizer,
-                append_eod=tokenizer.eod is not None,
-                bad_lines_remedy="mend the line, or tokenize with python -m jaxlm.data.preprocess --max-bad-lines N",
-            )
-            if totals.tokens == 0:
-                where = f"data.path {' '.join(self.paths)}"
-                raise UserError(Problem(where, "holds no text", "name files with text in them"))
-            self.manifest_file.unlink(missing_ok=True)  # from here until the new one there is no set
-            sync_folder(self.folder)
-            if isinstance(tokenizer, CharTokenizer) and self.tokenizer is None:
-                write_whole(Path(self.chars_file), tokenizer.to_json())
-        records = [
-            {"path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digests[path].hexdigest()}
-            for path, stat in zip(files, stats)
-        ]
-        made = {"tokens": totals.tokens, "documents": totals.documents}
-        self._write_manifest({"settings": self.settings, "set": made, "sources": records, "versions": _versions()})
-        speed = f"{totals.text_bytes / 1e6:.1f} MB in {reader.elapsed_s:.1f} s"
-        self.log(f"data: tokenized {len(files)} files into {totals.tokens:,} tokens ({speed}): {self.prefix}.bin")
-        return tokenizer
-
-    def _chars_of(self, files: list[str]) -> CharTokenizer:
-        chunks = (chunk for path in files for chunk in read_chunks(path, on_read=lambda _: None))
-        texts = (text for chunk in chunks for text in parse(chunk, keys=(self.text_key,)).texts[0])
-        return build_chars(texts, file=self.chars_file)
-
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
+        (folder / "manifest.json").unlink(missing_ok=True)  # from here until the new one there is no set
+        sync_folder(folder)
+        if chars and isinstance(tokenizer, CharTokenizer):
+            write_whole(folder / "chars.json", tokenizer.to_json())
+    made = {"tokens": totals.tokens, "documents": totals.documents}
+    _write_manifest(folder, {"settings": settings, "set": made, "sources": sources})
+    tokens = f"{len(files)} files into {totals.tokens:,} tokens"
+    log(f"data: tokenized {tokens} ({reader.speed(totals)}): {folder / 'corpus'}.bin")
+    return tokenizer
 
 
-class _Unusable(Exception):
-    """Why a set is made again."""
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads(path.read_bytes())
-        complete = all({"path", "bytes", "mtime_ns", "sha256"} <= source.keys() for source in manifest["sources"])
-        if complete and isinstance(manifest["settings"], dict) and isinstance(manifest["set"]["tokens"], int):
-            return manifest
-    raise _Unusable(f"{path} is damaged")
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """What made the set, for whoever looks into a difference; no part of the settings."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("tokenizers", "tiktoken", "sentencepiece"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,19 @@ from jaxlm.data.documents import CHUNK_BYTES, expand
 from jaxlm.data.encode import Reader, Totals, write_documents
 from jaxlm.data.indexed import IndexedWriter, Mark, existing, optimal_dtype
 from jaxlm.data.tokenizer import KINDS, load_tokenizer
+from jaxlm.settings import Parser, run_main
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m jaxlm.data.preprocess",
         description="Tokenize text into Megatron .bin/.idx sets: PREFIX_KEY_document.bin and .idx for each JSON key. "
         "A .jsonl, .ndjson or .json file holds one JSON object a line and a document in each; any other file is one "
         "document of UTF-8 text, held in memory. .gz and .zst are decompressed. Empty documents are dropped. Files "
-        "appear only when complete. The result does not depend on --workers. A command that was killed or interrupted goes "
-        "on from its last finished shard when it is run again. "
-        "Exit codes: 0 written; 2 bad input, options or environment, and nothing is written; 130 interrupted.",
+        "appear only when complete. The result does not depend on --workers. A command that ended early, however it did, "
+        "goes on from its last finished shard when it is run again; --workers and --max-bad-lines may differ then. "
+        "Exit codes: 0 written; 2 bad input, options or environment; 130 interrupted.",
     )
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="source files or globs, in this order")
@@ -44,48 +46,47 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=usable, metavar="N", help=f"processes that tokenize (default: CPUs, {usable})")
     skip = "lines without JSON or the keys that are skipped and listed; one more is an error (default: 0)"
     add("--max-bad-lines", type=int, default=0, metavar="N", help=skip)
-    add("--overwrite", action="store_true", help="replace sets that exist, and begin anew")
+    add("--overwrite", action="store_true", help="replace sets that exist")
     return result
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    """Write the sets and return a report of them, in lines. Raises: UserError; nothing is written then."""
+    """Write the sets and return a report of them, in lines. Raises: UserError."""
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
-    _check(options, list(prefixes.values()))
+    _check(options)
     files = expand(tuple(options.input), setting="--input")
     tokenizer = load_tokenizer(options.tokenizer)
     if options.append_eod and tokenizer.eod is None:
         rule = f"tokenizer {tokenizer.spec} has no end-of-document token"
         raise UserError(Problem("--append-eod", rule, "leave the option out, or use another tokenizer"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one CPU
-    reader = Reader(files, log=_to_stderr, bar=sys.stderr.isatty())
     journal = Journal(options, files, tokenizer.files)
-    totals, marks = (Totals(), {}) if options.overwrite else journal.read()
+    totals, marks = journal.read()
     if totals.chunks:
         _to_stderr(f"going on after {totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents")
+    elif not options.overwrite and (problems := existing(options.output_prefix, list(prefixes.values()))):
+        raise UserError(*problems)
+    if totals.bad > options.max_bad_lines:
+        rule = f"{totals.bad} lines were skipped before the command ended, the first: {totals.bad_lines[0]}"
+        remedy = f"allow as many, or begin anew: remove {journal.path}"
+        raise UserError(Problem(f"--max-bad-lines {options.max_bad_lines}", rule, remedy))
+    reader = Reader(files, before=totals)
+    dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
-        stack.callback(reader.close)
-        dtype = optimal_dtype(tokenizer.vocab_size)
-        writers = {
-            key: stack.enter_context(IndexedWriter(prefix, dtype=dtype, resume=marks.get(key)))
-            for key, prefix in prefixes.items()
-        }
-        totals = write_documents(
-            reader,
-            writers=writers,
-            tokenizer=tokenizer,
-            append_eod=options.append_eod,
-            workers=options.workers,
-            max_bad_lines=options.max_bad_lines,
-            bad_lines_remedy="mend the line, or skip N such lines with --max-bad-lines N",
-            before=totals,
-            on_shard=lambda t: journal.write(t, {key: writer.flush() for key, writer in writers.items()}),
-        )
-        if totals.tokens == 0:
-            remedy = "check --input and --json-keys"
-            raise UserError(Problem(f"--input {' '.join(options.input)}", "holds no text", remedy))
+        opened = ((key, IndexedWriter(prefix, dtype=dtype, resume=marks.get(key))) for key, prefix in prefixes.items())
+        writers = {key: stack.enter_context(writer) for key, writer in opened}
+        try:
+            write_documents(
+                reader, writers=writers, tokenizer=tokenizer, append_eod=options.append_eod,
+                totals=totals, workers=options.workers, max_bad_lines=options.max_bad_lines,
+                on_shard=lambda: journal.write(totals, {key: writer.flush() for key, writer in writers.items()}),
+            )  # fmt: skip
+        except BaseException:
+            if (kept := journal.read()[0]).chunks:
+                _to_stderr(f"{kept.text_bytes / 1e6:.1f} MB of text are done: the same command goes on from there")
+            raise
     journal.path.unlink(missing_ok=True)
-    return _report(totals, writers, reader.elapsed_s)
+    return _report(totals, writers, reader)
 
 
 class Journal:
@@ -95,7 +96,8 @@ class Journal:
         self.path = Path(f"{options.output_prefix}.preprocess.json")
         stats = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
         digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tokenizer_files]
-        what: Any = (CHUNK_BYTES, stats, options.tokenizer, digests, options.json_keys, options.append_eod)
+        chosen = (options.tokenizer, options.json_keys, options.append_eod, options.overwrite)
+        what: Any = (CHUNK_BYTES, stats, digests, chosen)
         self._command = hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def read(self) -> tuple[Totals, dict[str, Mark]]:
@@ -111,26 +113,23 @@ class Journal:
         write_whole(self.path, json.dumps(record).encode())
 
 
-def _check(options: argparse.Namespace, prefixes: list[str]) -> None:
-    at_least = (("--workers", options.workers, 1), ("--max-bad-lines", options.max_bad_lines, 0))
-    problems = [
-        Problem(f"{name} {value}", f"must be at least {least}", f"use {least} or more")
-        for name, value, least in at_least
-        if value < least
-    ]
-    for key in options.json_keys:
-        if "/" in key or not key:
-            rule = "becomes part of a file name and cannot be empty or hold a slash"
-            problems.append(Problem(f"--json-keys {key!r}", rule, "rename the field in the input"))
-    if len(set(prefixes)) < len(prefixes) or len(set(options.json_keys)) < len(options.json_keys):
-        problems.append(Problem(f"--json-keys {' '.join(options.json_keys)}", "names a key twice", "name it once"))
-    if not options.overwrite:
-        problems += existing(options.output_prefix, prefixes)
-    if problems:
+def _check(options: argparse.Namespace) -> None:
+    keys, workers, bad = options.json_keys, options.workers, options.max_bad_lines
+    rules = (
+        (workers >= 1, f"--workers {workers}", "must be at least 1"),
+        (bad >= 0, f"--max-bad-lines {bad}", "must be at least 0"),
+        (
+            all(key and "/" not in key for key in keys),
+            f"--json-keys {keys}",
+            "are parts of file names: no slash, none empty",
+        ),
+        (len(set(keys)) == len(keys), f"--json-keys {keys}", "names a key twice"),
+    )
+    if problems := [Problem(where, rule, "mend the option") for holds, where, rule in rules if not holds]:
         raise UserError(*problems)
 
 
-def _report(totals: Totals, writers: dict[str, IndexedWriter], elapsed_s: float) -> list[str]:
+def _report(totals: Totals, writers: dict[str, IndexedWriter], reader: Reader) -> list[str]:
     lines = [f"skipped: {line}" for line in totals.bad_lines]
     if totals.bad > len(totals.bad_lines):
         lines.append(f"skipped: {totals.bad - len(totals.bad_lines):,} more bad lines")
@@ -139,32 +138,22 @@ def _report(totals: Totals, writers: dict[str, IndexedWriter], elapsed_s: float)
     for writer in writers.values():
         counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype.name}"
         lines.append(f"wrote {writer.prefix}.bin and .idx: {counts}")
-    megabytes = totals.text_bytes / 1e6
-    lines.append(f"{megabytes:.1f} MB of text in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):.2f} MB/s")
-    return lines
+    return [*lines, reader.speed(totals)]
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     try:
         print("\n".join(run(options)))
-    except UserError as error:
-        _to_stderr(str(error))
-        return error.exit_code
     except OSError as error:
         where = f"{error.filename or options.output_prefix}"
-        _to_stderr(str(Problem(where, f"{error.strerror}", "check the disk and permissions")))
-        return 2
-    except KeyboardInterrupt:
-        _to_stderr("interrupted; the same command goes on from its last finished shard")
-        return 130
+        raise UserError(Problem(where, f"{error.strerror}", "check the disk and permissions")) from error
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

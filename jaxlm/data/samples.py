@@ -34,7 +34,7 @@ class Samples(Protocol):
 
     num_samples: in one pass over the data.   endless: sample numbers go on after that.
     separate: each span is inputs and labels of its own, one token shorter than it; else the spans of a sample are one
-    stretch of seq_len + 1 tokens.
+    stretch of seq_len + 1 tokens, or fewer where samples end.
     """
 
     seq_len: int
@@ -68,26 +68,25 @@ class TokenRange:
     def num_tokens(self) -> int:
         return self.stop - self.start
 
-    def __str__(self) -> str:
-        return f"{self.dataset.prefix}[{self.start}:{self.stop}]"
-
 
 def whole(dataset: IndexedDataset) -> TokenRange:
     """All tokens of a set."""
     return TokenRange(dataset, 0, dataset.num_tokens, range(len(dataset)))
 
 
-def split_ranges(num_tokens: int, *, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """[start, stop) of each share of `num_tokens` in file order; together they are all of it.
+def split(count: int, *, shares: Sequence[float]) -> list[range]:
+    """The numbers below `count` that each share gets, in order; together they are all. Rounded as Megatron's --split is.
 
-    Example: split_ranges(1000, shares=(0.95, 0.05)) is [(0, 950), (950, 1000)]; shares (19, 1) give the same.
-    Raises: UserError unless every share is at least 0 and one is positive.
+    Example: split(1000, shares=(0.95, 0.05)) is [range(0, 950), range(950, 1000)]; shares (19, 1) give the same.
     """
-    if not shares or not all(0 <= share < float("inf") for share in shares) or sum(shares) <= 0:
-        remedy = "write shares such as (0.95, 0.05)"
-        raise UserError(Problem(f"data.split={tuple(shares)}", "shares must be at least 0 and not all 0", remedy))
-    bounds = [0, *(round(num_tokens * (sum(shares[: k + 1]) / sum(shares))) for k in range(len(shares)))]
-    return list(itertools.pairwise(bounds))
+    bounds = [0, *(round(end * count) for end in np.cumsum(normalised(shares)).tolist())]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Shares of 1, rounded as Megatron rounds them."""
+    given = np.array(weights, np.float64)
+    return (given / np.sum(given)).tolist()
 
 
 class Windows:
@@ -96,7 +95,8 @@ class Windows:
     Sample i is window `permutation_e(i mod n)` of epoch e = i // n, with n = num_samples; any costs the same. A window
     starts at a multiple of seq_len after its range's start offset and never leaves its range; neighbours share one token.
     Each epoch has its own permutation and its own start offset in each range, drawn evenly from all that leave room for
-    the range's windows, so that no token is left out for ever. Not shuffled: file order, offset 0, one epoch.
+    the range's windows, so that no token is left out for ever. Not shuffled: file order, offset 0, one epoch, and the last
+    window of a range as short as what is left: every token but the first of a range is a label once.
 
     Attributes: `windows`, int64[ranges], their number in each range, the same in every epoch.
     Raises: UserError if no range has a window.
@@ -113,12 +113,14 @@ class Windows:
         sizes = np.array([r.num_tokens for r in self.ranges], np.int64)
         # An offset up to seq_len - 1 costs a shuffled range one window, unless it has only one.
         windows = np.maximum((sizes - 1) // seq_len, 0)
-        self.windows = np.where(windows > 1, sizes // seq_len - 1, windows) if shuffle else windows
+        self.windows = np.where(windows > 1, sizes // seq_len - 1, windows)
+        if not shuffle:
+            self.windows = np.maximum(-(-(sizes - 1) // seq_len), 0)
         self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1)
         self._starts, self._ends = np.array([r.start for r in self.ranges], np.int64), np.cumsum(self.windows)
         self.num_samples = int(self.windows.sum())
         if self.num_samples == 0:
-            refuse_short(self.ranges, seq_len)
+            refuse_short(self.ranges, seq_len if shuffle else 1)
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
         windows = np.asarray(indices, np.int64)
@@ -130,10 +132,8 @@ class Windows:
         for epoch in np.unique(epochs).tolist() if self.endless else ():
             here = epochs == epoch
             first[here] += self._offsets(epoch)[which[here]]
-        length = self.seq_len + 1
-        return [
-            [Span(self.ranges[k].dataset, start, start + length)] for k, start in zip(which.tolist(), first.tolist())
-        ]
+        parts, length = (self.ranges[k] for k in which.tolist()), self.seq_len + 1
+        return [[Span(part.dataset, a, min(a + length, part.stop))] for part, a in zip(parts, first.tolist())]
 
     def _offsets(self, epoch: int) -> np.ndarray:
         words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)
@@ -141,7 +141,7 @@ class Windows:
 
 
 def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:
-    names = ", ".join(map(str, ranges)) or "no token set"
+    names = ", ".join(f"{part.dataset.prefix}[{part.start}:{part.stop}]" for part in ranges)
     rule = f"no range has the seq_len + 1 = {seq_len + 1} tokens of one row"
     raise UserError(Problem(names, rule, "use more text, a smaller train.seq_len or another data.split"))
 

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -119,6 +120,11 @@ class FastTokenizer(Tokenizer):
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
 
+_MOST_SPACE = 100_000  # characters in a row; tiktoken's matcher panics over a million
+_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # what white space is to it
+_LONG_SPACE = re.compile(rf"(?<!{_SPACE})({_SPACE}{{{_MOST_SPACE},}}(?={_SPACE}|\Z))")
+
+
 class TiktokenTokenizer(Tokenizer):
     """An encoding of the tiktoken library; its threads obey TOKENIZERS_PARALLELISM too."""
 
@@ -130,7 +136,14 @@ class TiktokenTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         threads = (os.cpu_count() or 1) if os.environ.get("TOKENIZERS_PARALLELISM") == "true" else 1
-        return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+        if not any(len(text) > _MOST_SPACE and _LONG_SPACE.search(text) for text in texts):
+            return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+        return [list(itertools.chain(*map(self._encode_piece, _LONG_SPACE.split(text)))) for text in texts]
+
+    def _encode_piece(self, text: str) -> list[int]:
+        """What `_LONG_SPACE` splits a text into: a run is one word, all but its last character, which goes to the next."""
+        encode = self._encoding._encode_single_piece if _LONG_SPACE.match(text) else self._encoding.encode_ordinary
+        return encode(text)
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode([i for i in ids if i in self._known], errors="replace")

@@ -40,7 +40,8 @@ class Ledger:
     """Accounts for the time of one start of a run, phase by phase; a context manager.
 
     `enter` ends the phase before. Nothing that fails while writing ends the run: the time is added to the next line.
-    on_enter is told every phase. `clock` counts seconds, `wall_clock` says when a start began.
+    on_enter is told every phase; nothing is written while `lost` says that the folder is another run's. `clock` counts
+    seconds, `wall_clock` says when a start began.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Ledger:
         workdir: Path,
         *,
         on_enter: Callable[[str], None] = lambda phase: None,
-        may_write: Callable[[], bool] = lambda: True,
+        lost: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
-        self._path, self._on_enter, self._may_write, self._clock = workdir / FILE_NAME, on_enter, may_write, clock
+        self._path, self._on_enter, self._lost, self._clock = workdir / FILE_NAME, on_enter, lost, clock
         self._start = wall_clock()
         self._phase, self._since_s, self._written_s = "init", clock(), clock()
         self._spent = defaultdict[str, float](float)
@@ -105,7 +106,7 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
-        if not (self._counts and self._may_write()):
+        if not self._counts or self._lost():
             return
         line: dict[str, Any] = {"start": round(self._start, 3)}
         if self._last > self._first:

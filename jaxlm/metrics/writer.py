@@ -209,9 +209,7 @@ class MetricsLog:
         if num_damaged:
             warn(f"{self._path}: took out {num_damaged} damaged lines")
         if num_later:
-            warn(
-                f"{self._path}: {num_later} lines past step {resume_step} moved to {LATER}: those steps are made again"
-            )
+            warn(f"{self._path}: {num_later} lines past step {resume_step} wait in {LATER}: they are made again")
         self._tensorboard: _TensorBoard | None = None
         if tensorboard:
             with self._tensorboard_or_off():

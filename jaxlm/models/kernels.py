@@ -177,8 +177,7 @@ ATTENTION = (
 def choose_attention(model: ModelConfig, platform: str, *, documents: bool, deterministic: bool = False) -> Choice:
     """The kernel that model.attention names, or for `auto` the first of ATTENTION that serves.
 
-    documents: whether attention stays inside the documents of a row.   deterministic: whether XLA is asked for the same bits
-      in every run (train.deterministic).
+    documents: whether attention stays inside the documents of a row.   deterministic: train.deterministic.
 
     Raises: UserError if a named kernel refuses.
     """

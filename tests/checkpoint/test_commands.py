@@ -74,7 +74,6 @@ def test_list_says_what_there_is_and_why_it_is_kept(workdir, capsys):
     assert code == 0 and [row["step"] for row in rows] == [10, 20, 30, 40]
     assert [row["kept"] for row in rows] == [[], ["best"], ["newest"], ["newest"]]
     assert rows[1]["metrics"] == {"eval_loss": 2.5} and rows[1]["mesh"] == {"data": 2} and rows[1]["size_bytes"] > 16384
-    main(["verify", str(workdir), "--steps", "20"])
     (workdir / "checkpoints" / "30" / "step.json").write_text("{")
     capsys.readouterr()
     code, out = run(capsys, "list", workdir)
@@ -87,9 +86,8 @@ def test_list_says_what_there_is_and_why_it_is_kept(workdir, capsys):
         "mesh",
         "versions",
         "kept",
-        "verified",
     ]
-    assert "eval_loss=2.5" in lines[2] and "jaxlm 0.1 jax 0.10  newest, best  20" in lines[2]
+    assert "eval_loss=2.5" in lines[2] and lines[2].endswith("jaxlm 0.1 jax 0.10  newest, best")
     assert lines[3].split() == ["30", "DAMAGED"] and "step.json: unreadable" in lines[5]
 
 
@@ -112,7 +110,6 @@ def test_verify_names_the_array_and_the_file_that_are_bad(workdir, capsys, monke
         f"  {workdir}/checkpoints/30/state/manifest.ocdbt: missing",
         "step 40: sound",
     ]
-    assert not json.loads((path / "verified.json").read_text())["sound"]
     monkeypatch.undo()
     array = next(file for kind, file in kinds(workdir / "checkpoints" / "40").items() if kind.endswith("process_0/d/*"))
     array.write_bytes(bytes(array.stat().st_size))  # the two that are small lie elsewhere
@@ -203,15 +200,6 @@ def test_mistakes_are_three_lines_and_help_is_help(command, workdir, tmp_path, c
     with pytest.raises(UserError, match="holds no checkpoint") as error:
         main([command, str(tmp_path / "nothing"), *needs])
     assert error.value.exit_code == 3
-
-
-def test_what_verify_found_damaged_is_no_reason_to_delete_a_sound_step(workdir, capsys):
-    newest = workdir / "checkpoints" / "40"
-    array = next(file for kind, file in kinds(newest).items() if kind.endswith("/*"))
-    flip(array, 8 * (array.stat().st_size // 2))
-    assert run(capsys, "verify", workdir, "--steps", 40)[0] == 3
-    assert run(capsys, "prune", workdir, "--keep", 1, "--keep-best", 0, "--delete") == (0, "deleted: 10, 20\n")
-    assert sorted(entry.name for entry in (workdir / "checkpoints").iterdir() if entry.name.isdigit()) == ["30", "40"]
 
 
 def test_an_export_never_lies_down_in_a_run(workdir, saved, capsys, tmp_path):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from jaxlm.config import UserError
 from jaxlm.data import indexed
-from jaxlm.data.atomic import publish
 from jaxlm.data.indexed import DTYPES, IndexedDataset, IndexedWriter, optimal_dtype
 
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -25,9 +24,10 @@ DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 120), max_size=6), max_siz
 def write(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype | str = "u2") -> None:
     with IndexedWriter(prefix, dtype=dtype) as writer:
         for document in documents:
-            for sequence in document:
-                writer.add_sequence(sequence)
-            writer.end_document()
+            tokens = np.array([token for sequence in document for token in sequence], np.int64)
+            writer.add_documents(
+                tokens, lengths=np.array([*map(len, document)], np.int64), ends=np.array([len(document)])
+            )
 
 
 def read(prefix: Path) -> list[list[list[int]]]:
@@ -236,7 +236,7 @@ def test_a_hundred_billion_tokens_open_in_two_seconds_and_less_than_a_gigabyte(t
 def test_a_writer_goes_on_from_a_mark_after_a_kill(tmp_path: Path) -> None:
     write(tmp_path / "whole", [[[1, 2], [3]], [], [[4]], [[5, 6, 7]]])
     writer = IndexedWriter(tmp_path / "set", dtype="u2")
-    writer.add_sequences(np.arange(1, 4), lengths=np.array([2, 1]), document_ends=np.array([2, 2]))
+    writer.add_documents(np.arange(1, 4), lengths=np.array([2, 1]), ends=np.array([2, 2]))
     mark = writer.flush()
     writer.add_document([9] * 5000)
     del writer  # its files stay, as after a kill
@@ -257,19 +257,70 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_set_replaced_halfway_is_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "set", [[[1, 2, 3]]])
+# Writes the set in a process for each change of a name or its content, which is killed before or after that change.
+KILLED = """
+import itertools, os, pathlib, signal, sys
+import numpy as np
+from jaxlm.data import indexed
 
-    def stop_at_index(temporary: Path, final: Path) -> None:
-        if final.suffix == ".idx":
-            raise RuntimeError
-        publish(temporary, final)
+left, after, older = 0, sys.argv[1] == "after", eval(sys.argv[2])
 
-    monkeypatch.setattr(indexed, "publish", stop_at_index)
-    with pytest.raises(RuntimeError):
-        write(tmp_path / "set", [[[4], [5, 6]]])  # as many bytes: only the missing .idx tells
-    with pytest.raises(UserError, match=r"set\.idx is not a file"):
-        IndexedDataset(tmp_path / "set")
+def deadly(change):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = change(*args, **kwargs)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+def write(prefix, documents):
+    global left
+    with indexed.IndexedWriter(prefix, dtype="u2") as writer:
+        for document in documents:
+            writer.add_document(document)
+        left = -left
+
+for moment in itertools.count(1):
+    if older:
+        write(f"{moment}/set", older)
+    child = os.fork()
+    if not child:
+        os.replace, os.fsync, os.open = deadly(os.replace), deadly(os.fsync), deadly(os.open)
+        pathlib.Path.unlink = deadly(pathlib.Path.unlink)
+        left = -moment
+        write(f"{moment}/set", [[4], [5, 6]])
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("older", [None, [[1, 2, 3]], [[7], [8, 9]]])  # the last of as many bytes as the new one
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_writer_killed_at_any_moment_leaves_the_old_set_or_the_new_one(
+    tmp_path: Path, environment: dict[str, str], older: list | None, when: str
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, when, str(older)], cwd=tmp_path, env=environment, check=True)
+    old, new, seen = older and [[document] for document in older], [[[4]], [[5, 6]]], []
+    for folder in sorted(tmp_path.iterdir(), key=lambda path: int(path.name)):
+        if old or any(path.name in ("set.idx", "set.idx.new") for path in folder.iterdir()):
+            seen.append(read(folder / "set"))
+        else:
+            with pytest.raises(UserError, match="is not a file"):
+                read(folder / "set")
+        if seen and seen[-1] == new:  # a writer that fails leaves it there
+            with pytest.raises(RuntimeError), IndexedWriter(folder / "set", dtype="u2") as writer:
+                writer.add_document([9] * 100)
+                raise RuntimeError
+            assert read(folder / "set") == new
+        write(folder / "set", [[[3]]])  # and one that does not replaces it
+        assert read(folder / "set") == [[[3]]]
+        assert sorted(path.name for path in folder.iterdir()) == ["set.bin", "set.idx"]
+    assert seen.count(new) > 3 and len(list(tmp_path.iterdir())) > 8 and all(found in (old, new) for found in seen)
 
 
 def test_two_writers_of_one_prefix_are_refused(tmp_path: Path) -> None:

@@ -73,17 +73,16 @@ def test_the_places_of_a_step_lead_to_its_rows(write_set: Callable) -> None:
         assert np.array_equal(loader.samples.ranges[0].dataset.tokens[position : position + 6], batch.tokens[row])
 
 
-def test_an_evaluation_reads_each_window_once_and_pads_with_weight_0(write_set: Callable) -> None:
+def test_an_evaluation_reads_each_label_once_and_pads_with_weight_0(write_set: Callable) -> None:
     loader = make_loader(write_set, shuffle=False, batch_size=7)
-    n = loader.samples.num_samples  # (40 * 14 - 1) // 6 = 93
-    assert (n, loader.num_batches) == (93, 14)
+    stream, n = loader.samples.ranges[0].dataset.tokens, loader.samples.num_samples
+    assert (len(stream), n, loader.num_batches) == (560, 94, 14)  # 559 labels: 93 rows of 6 and one of 1
     batches = [loader.batch(step) for step in range(14)]
-    assert all(batch.tokens.shape == (7, 6) for batch in batches)
-    weights = np.concatenate([batch.weights for batch in batches])
-    assert (weights[:n] == 1).all() and (weights[n:] == 0).all()
-    tokens = np.concatenate([batch.tokens for batch in batches])
-    assert np.array_equal(tokens[:n].ravel(), loader.samples.ranges[0].dataset.tokens[: n * 6])
-    assert (tokens[n:] == 0).all()
+    assert all(batch.tokens.shape == loader.shape(0) == (7, 6) for batch in batches)
+    tokens, labels, weights = (np.concatenate(column).ravel() for column in list(zip(*batches, strict=True))[:3])
+    assert (weights[:559] == 1).all() and (weights[559:] == 0).all()
+    assert np.array_equal(tokens[:559], stream[:-1]) and np.array_equal(labels[:559], stream[1:])
+    assert (labels[559:] == 0).all() and (tokens[560:] == 0).all()
     with pytest.raises(AssertionError):
         loader.batch(14)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,8 @@ from jaxlm.config import UserError
 from jaxlm.data import blend
 from jaxlm.data.blend import Blend, Greedy
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.megatron import MegatronSamples, split_sequences
-from jaxlm.data.samples import TokenRange
+from jaxlm.data.megatron import MegatronSamples
+from jaxlm.data.samples import TokenRange, split
 
 MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25)
@@ -128,7 +130,7 @@ def test_both_kinds_of_last_epoch_are_drawn() -> None:
     ],
 )
 def test_splits_are_megatrons(shares: tuple, num: int, bounds: list) -> None:
-    assert [(r.start, r.stop) for r in split_sequences(num, shares=shares)] == bounds
+    assert [(r.start, r.stop) for r in split(num, shares=shares)] == bounds
 
 
 def test_a_set_too_short_for_a_row_is_refused(tmp_path: Path) -> None:
@@ -180,6 +182,21 @@ def test_a_mixture_is_megatrons_greedy_rule(weights: list[int], exact: bool) -> 
     )
     spans = mixture.spans([3, size - 1, 0])
     assert [s[0][:2] for s in spans] == [(which[i], numbers[i]) for i in (3, size - 1, 0)]
+
+
+def test_threads_that_ask_at_once_get_the_same_counts() -> None:
+    weights, places = (0.5, 0.2, 0.3), [(40 - k % 3) * BLOCK + k for k in range(24)]
+    alone = Blend([Numbers(k) for k in range(3)], [(0, weights)], exact=True).pick(places)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(3):
+            mixture = Blend([Numbers(k) for k in range(3)], [(0, weights)], exact=True)
+            with ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(mixture.pick, [[place] for place in places]))
+            assert np.array_equal(np.concatenate(found, axis=1), alone)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_any_sample_of_a_stateless_mixture_costs_the_same_and_shares_hold() -> None:

@@ -20,9 +20,9 @@ def test_a_merged_set_is_the_sets_end_to_end(tmp_path: Path, monkeypatch: pytest
     for name, groups in (*zip("abc", parts, strict=True), ("whole", [document for part in parts for document in part])):
         with IndexedWriter(tmp_path / name, dtype="u2") as writer:
             for document in groups:
-                for sequence in document:
-                    writer.add_sequence(sequence)
-                writer.end_document()
+                tokens = np.array([token for sequence in document for token in sequence], np.int64)
+                lengths = np.array([*map(len, document)], np.int64)
+                writer.add_documents(tokens, lengths=lengths, ends=np.array([len(document)]))
     assert merge.main([*(str(tmp_path / name) for name in "abc"), "--output-prefix", str(tmp_path / "made")]) == 0
     for ending in ("bin", "idx"):
         assert (tmp_path / f"made.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
@@ -43,9 +43,8 @@ def test_documents_are_shown_as_text(
     bytes_ = load_tokenizer("bytes")
     with IndexedWriter(tmp_path / "set", dtype="u2") as writer:
         for text in ("naïve", "second", "third"):
-            writer.add_sequence(bytes_.encode(text))
-            writer.add_sequence(np.array([256]))
-            writer.end_document()
+            tokens = np.array([*bytes_.encode(text), 256])
+            writer.add_documents(tokens, lengths=np.array([len(tokens) - 1, 1]), ends=np.array([2]))
     done = run_module("jaxlm.data.inspect", "set", 2, "--tokenizer", "bytes", "--start", 1)
     assert (
         done.stdout == "--- document 1: 7 tokens\nsecond<|endoftext|>\n--- document 2: 6 tokens\nthird<|endoftext|>\n"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,18 +198,19 @@ def test_a_damaged_manifest_is_no_manifest(run: Callable, tmp_path: Path) -> Non
         assert files_of(tmp_path / "data") == before
 
 
-# Kills the process at the k-th change of the file system, before or after it happens.
+# Prepares in a process for each change of the file system, which is killed before or after that change.
 KILLED = """
-import os, pathlib, signal, sys
+import itertools, os, pathlib, signal, sys
 from jaxlm.data.prepare import prepare
 
-left, after = int(sys.argv[2]), sys.argv[3] == "after"
+sources, when, before = sys.argv[1:]
+left = 0
 
 def deadly(change):
     def call(*args, **kwargs):
         global left
         left -= 1
-        if left == 0 and not after:
+        if left == 0 and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = change(*args, **kwargs)
         if left == 0:
@@ -218,45 +218,42 @@ def deadly(change):
         return result
     return call
 
-os.replace, os.fsync, os.open = deadly(os.replace), deadly(os.fsync), deadly(os.open)
-pathlib.Path.unlink, pathlib.Path.write_bytes = deadly(pathlib.Path.unlink), deadly(pathlib.Path.write_bytes)
-prepare((sys.argv[1] + "/*.txt",), tokenizer_spec=sys.argv[4], text_key="text", folder="data", log=print)
+def make(spec, folder):
+    prepare((sources + "/*.txt",), tokenizer_spec=spec, text_key="text", folder=folder, log=print)
+
+for moment in itertools.count(1):
+    if before:
+        make(before, f"killed{moment}")
+    child = os.fork()
+    if not child:
+        os.replace, os.fsync, os.open = deadly(os.replace), deadly(os.fsync), deadly(os.open)
+        pathlib.Path.unlink, pathlib.Path.write_bytes = deadly(pathlib.Path.unlink), deadly(pathlib.Path.write_bytes)
+        left = moment
+        make("chars", f"killed{moment}")
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
 """
 
 
-# A kill after change k is one before change k + 1, so that one sweep takes every other moment.
-@pytest.mark.parametrize(("before_spec", "after", "stride"), [(None, "after", 2), ("bytes", "before", 1)])
+@pytest.mark.parametrize(("before_spec", "when"), [("", "after"), ("bytes", "before")])
 def test_a_kill_at_any_moment_leaves_the_rerun_to_give_the_same_bytes(
-    run: Callable,
-    sources: Path,
-    tmp_path: Path,
-    before_spec: str | None,
-    after: str,
-    stride: int,
-    environment: dict[str, str],
+    run: Callable, sources: Path, tmp_path: Path, before_spec: str, when: str, environment: dict[str, str]
 ) -> None:
     run("chars", folder="clean")
     clean = files_of(tmp_path / "clean")
-    command = [sys.executable, "-c", KILLED, str(sources)]
-    for moment in range(1, 60, stride):
-        if before_spec is not None:
-            run(before_spec)
-        done = subprocess.run([*command, str(moment), after, "chars"], cwd=tmp_path, env=environment, check=False)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL
-        if (tmp_path / "data" / "manifest.json").exists():  # then the set it tells of is there, whole
-            manifest = json.loads((tmp_path / "data" / "manifest.json").read_bytes())
-            assert IndexedDataset(tmp_path / "data" / "corpus").num_tokens == manifest["set"]["tokens"]
+    command = [sys.executable, "-c", KILLED, str(sources), when, before_spec]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    folders = [path for path in tmp_path.iterdir() if path.name.startswith("killed")]
+    assert len(folders) > 10
+    for folder in folders:
+        if (folder / "manifest.json").exists():  # then the set it tells of is there, whole
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            assert IndexedDataset(folder / "corpus").num_tokens == manifest["set"]["tokens"]
             made_with = manifest["settings"]["data.tokenizer"]
-            assert "made earlier" in run(made_with)[1][0]
-        run("chars")
-        assert files_of(tmp_path / "data") == clean
-        for path in (tmp_path / "data").iterdir():
-            path.unlink()
-    else:
-        raise AssertionError("never ran to its end")
-    assert moment > 10
+            assert "made earlier" in run(made_with, folder=folder.name)[1][0]
+        run("chars", folder=folder.name)
+        assert files_of(folder) == clean
 
 
 def test_processes_that_share_a_folder_build_once(sources: Path, tmp_path: Path, environment: dict[str, str]) -> None:

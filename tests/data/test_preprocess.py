@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import UserError
-from jaxlm.data import documents
+from jaxlm.data import documents, encode
 from jaxlm.data.documents import expand, parse, read_chunks
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.preprocess import main
@@ -37,9 +37,21 @@ def documents_of(prefix: Path) -> list[str]:
 
 
 def preprocess(tmp_path: Path, *arguments: object) -> int:
-    return main(
-        ["--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "1", *map(str, arguments)]
-    )
+    """The command's exit code; what it refuses is on stderr."""
+    options = ["--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "1"]
+    try:
+        return main([*options, *map(str, arguments)])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def test_the_command_says_error_and_exits_with_2(
+    tmp_path: Path, run_module: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_module("jaxlm.data.preprocess", "--input", "no.txt", "--output-prefix", "o", "--tokenizer", "bytes")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 3
+    assert done.stderr.startswith("error: --input: no.txt\n  matches no file from ")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "jsonl.gz", "jsonl.zst"])
@@ -97,9 +109,9 @@ def test_chunks_are_the_file_cut_at_lines_with_their_numbers(
     monkeypatch.setattr(documents, "_READ_BYTES", sizes[1])
     content = b"\n".join(lines)
     (tmp_path / "in.jsonl").write_bytes(content)
-    seen: list[bytes] = []
+    seen: list[int] = []
     chunks = list(read_chunks(str(tmp_path / "in.jsonl"), on_read=seen.append))
-    assert b"".join(chunk.data for chunk in chunks) == b"".join(seen) == content
+    assert b"".join(chunk.data for chunk in chunks) == content and sum(seen) == len(content)
     for before, chunk in zip(chunks, chunks[1:], strict=False):
         assert before.data.endswith(b"\n")
         assert chunk.first_line == before.first_line + before.data.count(b"\n")
@@ -187,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_named(
     [
         (["--workers", "0"], "--workers 0"),
         (["--max-bad-lines", "-1"], "--max-bad-lines -1"),
-        (["--json-keys", "a/b"], "--json-keys 'a/b'"),
+        (["--json-keys", "a/b"], "--json-keys ['a/b']"),
         (["--json-keys", "a", "a"], "names a key twice"),
         (["--tokenizer", "bites"], "did you mean bytes"),
         (["--input", "nowhere.txt"], "matches no file"),
@@ -246,6 +258,7 @@ def test_workers_die_with_a_killed_parent_and_leave_no_set(tmp_path: Path, envir
 KILLED = """
 import os, signal, sys
 from jaxlm.data import documents, encode, preprocess
+from jaxlm.settings import run_main
 documents.CHUNK_BYTES, documents._READ_BYTES, encode.SHARD_CHUNKS, left = 5000, 1000, 4, int(sys.argv[1])
 write = preprocess.Journal.write
 
@@ -257,7 +270,8 @@ def deadly(self, totals, marks):
         os.kill(os.getpid(), signal.SIGKILL)
 
 preprocess.Journal.write = deadly
-sys.exit(preprocess.main(sys.argv[2:]))
+sys.argv[1:] = sys.argv[2:]
+run_main(preprocess.main)
 """
 
 
@@ -287,6 +301,89 @@ def test_a_killed_command_goes_on_from_its_last_shard_to_the_same_bytes(
             tmp_path / f"whole_text_document.{ending}"
         ).read_bytes()
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.json"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(documents, "_READ_BYTES", 1000)
+    monkeypatch.setattr(encode, "SHARD_CHUNKS", 4)
+
+
+def test_an_error_keeps_the_shards_before_it_and_its_remedy_goes_on_from_them(
+    tmp_path: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"document {k} " + "naïve 日本 " * 9 for k in range(900)]
+    (tmp_path / "in.jsonl").write_bytes(b"{bad\n" + jsonl(texts[:600]) + b"{bad\n" + jsonl(texts[600:]))
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl", "--max-bad-lines", 1) == 2
+    error = capsys.readouterr().err
+    assert "bad line 2, 1 allowed" in error and "MB of text are done: the same command goes on from there" in error
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl") == 2  # fewer than were skipped already
+    error = capsys.readouterr().err
+    assert "--max-bad-lines 0\n  1 lines were skipped" in error and "in.jsonl, line 1: is not JSON" in error
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl", "--max-bad-lines", 2) == 0
+    out, error = capsys.readouterr()
+    assert "going on after" in error and "in.jsonl, line 1:" in out and "in.jsonl, line 602:" in out
+    done_megabytes = float(error.split("going on after ")[1].split()[0])
+    assert float(out.splitlines()[-1].split()[0]) < (tmp_path / "in.jsonl").stat().st_size / 1e6 - done_megabytes + 0.1
+    assert documents_of(tmp_path / "out_text_document") == texts
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".jsonl"]
+
+
+def test_a_set_that_is_to_be_replaced_stands_until_the_end(tmp_path: Path, small_shards: None) -> None:
+    (tmp_path / "in.txt").write_text("older")
+    assert preprocess(tmp_path, "--input", tmp_path / "in.txt") == 0
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * 100] * 400) + b"{bad\n")
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl", "--overwrite") == 2
+    assert documents_of(tmp_path / "out_text_document") == ["older"]
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl", "--max-bad-lines", 1) == 2  # without --overwrite
+    assert documents_of(tmp_path / "out_text_document") == ["older"]
+    assert preprocess(tmp_path, "--input", tmp_path / "in.jsonl", "--max-bad-lines", 1, "--overwrite") == 0
+    assert len(documents_of(tmp_path / "out_text_document")) == 400
+
+
+# Runs the command in a process for each change of a name, killed after it, and once more to the end.
+KILLED_AT_THE_END = """
+import itertools, os, pathlib, signal, sys
+from jaxlm.data import documents, encode, indexed, preprocess
+documents.CHUNK_BYTES, documents._READ_BYTES, encode.SHARD_CHUNKS = 2000, 1000, 4
+
+for moment in itertools.count(1):
+    command = ["--input", "in.jsonl", "--json-keys", "a", "b", "--tokenizer", "bytes", "--workers", "1"]
+    command += ["--output-prefix", f"{moment}/out"]
+    child = os.fork()
+    if not child:
+        left = moment
+        def deadly(change):
+            def call(*args, **kwargs):
+                global left
+                change(*args, **kwargs)
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call
+        os.replace, pathlib.Path.unlink = deadly(os.replace), deadly(pathlib.Path.unlink)
+        preprocess.main(command)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    if pathlib.Path(f"{moment}/out.preprocess.json").exists():  # else it had nothing left to do
+        preprocess.main(command)
+"""
+
+
+def test_a_command_killed_while_it_closes_its_sets_goes_on_to_the_same_bytes(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    record = [{"a": f"first {k}" * 9, "b": f"second {k}" * 5} for k in range(200)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
+    command = [sys.executable, "-c", KILLED_AT_THE_END]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    folders = sorted((path for path in tmp_path.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+    names = [f"out_{key}_document.{ending}" for key in "ab" for ending in ("bin", "idx")]
+    contents = [[path.read_bytes() for path in sorted(folder.iterdir())] for folder in folders]
+    assert all(sorted(path.name for path in folder.iterdir()) == names for folder in folders)
+    assert len(folders) > 12 and all(content == contents[-1] for content in contents)
 
 
 def test_another_command_does_not_go_on_from_what_a_killed_one_left(

@@ -11,7 +11,7 @@ from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
 from jaxlm.data.loader import Loader
 from jaxlm.data.ramp import Ramp
-from jaxlm.data.samples import Samples, TokenRange, Windows, permute, random_words, split_ranges
+from jaxlm.data.samples import Samples, TokenRange, Windows, permute, random_words, split
 
 QUICK = settings(deadline=None, max_examples=60)
 
@@ -99,18 +99,12 @@ def test_a_seed_and_epoch_always_give_the_same_numbers(write_set: Callable) -> N
 def test_split_is_a_partition_in_file_order(num_tokens: int, shares: list[float]) -> None:
     if sum(shares) == 0:
         shares[0] = 1.0
-    ranges = split_ranges(num_tokens, shares=shares)
+    ranges = [(part.start, part.stop) for part in split(num_tokens, shares=shares)]
     assert [ranges[0][0], ranges[-1][1]] == [0, num_tokens]
     assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
     for (start, stop), share in zip(ranges, shares, strict=True):
         # two roundings to whole tokens, and the error of a few doubles
         assert abs(stop - start - num_tokens * share / sum(shares)) <= 1 + 1e-14 * num_tokens
-
-
-def test_split_refuses_shares_that_divide_nothing() -> None:
-    for shares in ((), (0.0, 0.0), (1.0, -0.1), (float("nan"), 1.0)):
-        with pytest.raises(UserError, match=r"data\.split"):
-            split_ranges(100, shares=shares)
 
 
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=4)
@@ -124,17 +118,33 @@ def make_samples(write_set: Callable, sizes: list[int], **options: object) -> Wi
 
 
 @settings(QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=SIZES, seq_len=st.integers(1, 12), seed=st.integers(0, 2**40), shuffle=st.booleans())
+@given(sizes=SIZES, seq_len=st.integers(1, 12))
+def test_not_shuffled_every_label_of_every_range_comes_once_in_file_order(
+    write_set: Callable, sizes: list[int], seq_len: int
+) -> None:
+    if max(sizes) < 2:
+        with pytest.raises(UserError, match="seq_len \\+ 1 = 2"):
+            make_samples(write_set, sizes, seq_len=seq_len, seed=0, shuffle=False)
+        return
+    samples = make_samples(write_set, sizes, seq_len=seq_len, seed=0, shuffle=False)
+    batches = [Loader(samples, Ramp(3), eod=None, vocab_size=999).batch(k) for k in range(-(-samples.num_samples // 3))]
+    tokens, labels, weights = (np.concatenate(column) for column in zip(*(batch[:3] for batch in batches), strict=True))
+    assert labels[weights > 0].tolist() == [p for r in samples.ranges for p in range(r.start + 1, r.stop)]
+    assert np.array_equal(tokens[weights > 0], labels[weights > 0] - 1)
+
+
+@settings(QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=SIZES, seq_len=st.integers(1, 12), seed=st.integers(0, 2**40))
 def test_windows_tile_their_ranges_in_every_epoch(
-    write_set: Callable, sizes: list[int], seq_len: int, seed: int, shuffle: bool
+    write_set: Callable, sizes: list[int], seq_len: int, seed: int
 ) -> None:
     if max(sizes) < seq_len + 1:
         with pytest.raises(UserError, match=f"seq_len \\+ 1 = {seq_len + 1}"):
-            make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=shuffle)
+            make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=True)
         return
-    samples = make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=shuffle)
+    samples = make_samples(write_set, sizes, seq_len=seq_len, seed=seed, shuffle=True)
     n = samples.num_samples
-    for epoch in range(3 if shuffle else 1):
+    for epoch in range(3):
         rows = rows_of(samples, np.arange(epoch * n, (epoch + 1) * n))
         assert rows.dtype == np.int32 and rows.shape == (n, seq_len + 1)
         assert (np.diff(rows) == 1).all()  # contiguous
@@ -146,12 +156,8 @@ def test_windows_tile_their_ranges_in_every_epoch(
             assert (np.diff(mine) == seq_len).all()  # no gap, no overlap but the shared token
             spare = token_range.num_tokens - 1 - windows * seq_len
             assert windows == 0 or (mine[0] - token_range.start) <= spare < 2 * seq_len
-            assert not shuffle or windows < 2 or spare + 1 >= seq_len  # room for an offset at each place of a window
+            assert windows < 2 or spare + 1 >= seq_len  # room for an offset at each place of a window
             assert windows > 0 or token_range.num_tokens <= seq_len
-            if not shuffle and windows:
-                assert mine[0] == token_range.start and spare < seq_len
-        if not shuffle:
-            assert np.array_equal(rows[:, 0], starts)
 
 
 def test_every_token_is_an_input_in_some_epoch(write_set: Callable) -> None:

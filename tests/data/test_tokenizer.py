@@ -142,6 +142,18 @@ def test_published_files_give_the_same_ids_through_tiktoken(
         assert ours.tolist() == theirs.tolist()
 
 
+def test_a_million_spaces_in_a_row_have_the_ids_of_the_published_algorithm(
+    gpt2: Tokenizer, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [hashlib.sha256((gpt2_folder / name).read_bytes()).hexdigest() for name in ("vocab.json", "merges.txt")]
+    monkeypatch.setattr(tokenizer_module, "_GPT2_SHA256", digests)
+    fast, million = load_tokenizer(f"gpt2:{gpt2_folder}"), 1_000_001
+    texts = ["o" + " " * million + "wor", " " * million, "a" + "\n" * 100_000 + "b", "hello\n" + "\u3000 \n" * 50_000]
+    texts += ["x\x1c" + " " * 100_001 + "\x1cy" + "  wor" + " " * 100_002 + "\u200bz ", "y" * 100_001 + " wor"]
+    for ours, theirs in zip(fast.encode_batch(texts), gpt2.encode_batch(texts), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
 def test_documents_cannot_end_themselves(gpt2: Tokenizer, hf_file: Path) -> None:
     hf = load_tokenizer(f"hf:{hf_file}")
     assert (gpt2.eod, hf.eod) == (271, 1)

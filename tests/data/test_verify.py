@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.config import UserError
 from jaxlm.data import verify as verify_module
 from jaxlm.data.verify import main
 
@@ -35,8 +36,9 @@ def test_a_bad_token_is_named_and_the_other_sets_are_still_checked(
     write_set([[1, 2, 3, 4, -1, 5]], name="negative", dtype="i4")
     write_set([[1, 2]], name="sound")
     names = [str(tmp_path / name) for name in ("large", "negative", "nowhere", "sound")]
-    assert main([*names, "--vocab-size", "100"]) == 2
-    out, err = capsys.readouterr()
+    with pytest.raises(UserError) as refusal:
+        main([*names, "--vocab-size", "100"])
+    out, err = capsys.readouterr().out, str(refusal.value)
     assert f"{names[0]}.bin, token 4 (byte 8)\n  token id 100 is not in [0, 100)" in err
     assert f"{names[1]}.bin, token 4 (byte 16)\n  token id -1 is not in [0, 100)" in err
     assert "nowhere.idx is not a file" in err
