@@ -243,13 +243,17 @@ def own_folder(gang: Gang, workdir: Path) -> Iterator[Path]:
         if gang.process == 0:
             preflight(workdir)
             mark.touch()
-    with gang.together("opening the workdir"):
-        preflight(workdir)
-        if not mark.exists():
-            rule, remedy = "is not the folder that process 0 has", "name one on a file system that all hosts share"
-            raise UserError(Problem(f"--workdir={workdir}", rule, remedy), exit_code=Exit.UNUSABLE)
+    try:
+        with gang.together("opening the workdir"):
+            if gang.process != 0:
+                preflight(workdir)
+            if not mark.exists():
+                rule, remedy = "is not the folder that process 0 has", "name one on a file system that all hosts share"
+                raise UserError(Problem(f"--workdir={workdir}", rule, remedy), exit_code=Exit.UNUSABLE)
+    finally:
+        if gang.process == 0:
+            mark.unlink()
     if gang.process == 0:
-        mark.unlink()
         yield workdir
         return
     with tempfile.TemporaryDirectory(prefix="jaxlm-") as scratch:

@@ -13,6 +13,7 @@ import pytest
 from jaxlm.config import UserError
 from jaxlm.parallel.gang import Gang, Limits, free_port
 from jaxlm.parallel.multihost import Place, differences, find_place, unused_gpus
+from jaxlm.session import own_folder
 
 # A process of a gang: joins, does what it is told, and prints what became of it. Needs no jax, so it starts in a moment.
 MEMBER = """
@@ -191,3 +192,22 @@ def test_launchers_are_told_apart_and_no_gpu_is_left_behind():
         with pytest.raises(UserError, match="say all three: --coordinator"):
             find_place(*arguments, env={})
     assert os.environ.get("JAX_NUM_PROCESSES") is None
+
+
+def test_a_workdir_that_process_0_does_not_have_is_refused(tmp_path):
+    def open_folder(process, workdir):
+        gang = Gang(process, 2, f"127.0.0.1:{port}", name=f"n{process}", limits=Limits(join_s=20, heartbeat_s=20))
+        try:
+            with gang, own_folder(gang, workdir) as folder:
+                return folder
+        except UserError as error:
+            return f"{error.exit_code} {error}"
+
+    with ThreadPoolExecutor(2) as threads:
+        for names, last in ((("a", "b"), "is not the folder that process 0 has"), (("a", "a"), "")):
+            port = free_port()
+            zero, one = threads.map(open_folder, (0, 1), (tmp_path / name for name in names))
+            if last:
+                assert one.startswith("3 ") and last in one and f"process 1 (n1): --workdir={tmp_path / 'b'}" in zero
+            else:
+                assert zero == tmp_path / "a" and one != zero and not list(zero.iterdir())

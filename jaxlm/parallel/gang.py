@@ -362,7 +362,8 @@ class Gang:
                 if message["kind"] == "gone":
                     self._end(message["who"], message["why"], message["code"], message["wait_s"])
                 elif message["kind"] != "beat":
-                    self._ending = self._ending or message.get("at") == END
+                    # behind these two process 0 closes the connection
+                    self._ending = self._ending or message["kind"] == "refused" or message.get("at") == END
                     with self._heard:
                         self._answers[message.get("at", "start")] = message
                         self._heard.notify_all()
