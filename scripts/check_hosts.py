@@ -1,7 +1,7 @@
 """Trains the same run in P processes and in one that has all their devices, and compares losses and speed.
 
   python scripts/check_hosts.py --config configs/gpt2.py:124m --config.data.path=TEXT --config.train.num_steps=30
-      --config.train.deterministic=true --config.model.attention=xla
+      --config.optim.warmup_steps=5 --config.train.deterministic=true --config.model.attention=xla
 
 on a host with two GPUs: two processes with one each, then one with both. Exit 1 if losses differ by more than --tolerance.
 """
@@ -28,7 +28,9 @@ def main() -> int:
             workdir = Path(folder) / f"{count}x{each}"
             launch = [f"--processes={count}", f"--devices-per-process={each}", f"--logs={workdir}-logs"]
             words = [sys.executable, "-m", "jaxlm.train", *train, "--workdir", str(workdir)]
-            subprocess.run([sys.executable, "-m", "jaxlm.launch", *launch, "--", *words], check=True)
+            code = subprocess.run([sys.executable, "-m", "jaxlm.launch", *launch, "--", *words]).returncode
+            if code:
+                return code
             steps = [record for record in read_metrics(workdir) if "loss" in record]
             losses.append({record["step"]: record["loss"] for record in steps})
             rates.append(statistics.median(record["tokens_per_s"] for record in steps[len(steps) // 3 :]))

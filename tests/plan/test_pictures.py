@@ -207,7 +207,7 @@ def test_devices_decide_the_stages_that_are_left(config, capsys):
         ("--config.mesh.pipeline=-1 --config.mesh.data=4 --devices=4", "mesh.pipeline=-1", 1),
         ("--config.mesh.pipeline=3 --devices=8", "mesh: pipeline=3", 1),
         ("--config.mesh.pipeline=2 --devices=0", "--devices=0", 1),
-        ("--config.mesh.pipeline=2 --devices=64", "pipeline.microbatches=8", 1),
+        ("--config.mesh.pipeline=2 --devices=64", "pipeline.microbatches=8 (4 a stage, the default)", 1),
         ("--config.mesh.pipeline=4 --config.pipeline.microbatches=2", "pipeline.microbatches=2", 1),
         ("--config.mesh.pipeline=8 --config.pipeline.microbatches=3", "pipeline.microbatches=3", 3),
         ("--config.mesh.pipeline=2 --config.pipeline.stage_layers=1,2", "pipeline.stage_layers=1,2", 1),
