@@ -26,7 +26,7 @@ from typing import IO
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.config import Exit, Problem, UserError
 from jaxlm.parallel.gang import free_port
-from jaxlm.parallel.multihost import visible_gpus
+from jaxlm.parallel.multihost import CPU_THREADS, visible_gpus
 from jaxlm.settings import Parser, run_main
 
 # starting again would do the same, or is for somebody else to do
@@ -35,9 +35,6 @@ IN_VAIN = 3  # restarts without a newer checkpoint
 LAST_LINES = 20
 GRACE_S = 5.0  # that the others of a gang have to notice by themselves, and to end when told
 BACK_OFF_S, MOST_S = 1.0, 60.0
-# Of XLA on CPU devices, in each process. By default it has one a device: then two sums that are ready together can each hold
-# threads the other waits for, for ever; and how work is cut, and so the order of sums, depends on devices a process.
-CPU_THREADS = "16"
 
 
 class Child:

@@ -32,7 +32,7 @@ from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.mesh import make_layout, make_mesh
-from jaxlm.parallel.multihost import visible_gpus
+from jaxlm.parallel.multihost import CPU_THREADS, visible_gpus
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
@@ -138,10 +138,12 @@ def attention_facts(program: Program) -> dict[str, str]:
 
 
 def use_device_settings(config: Config) -> None:
-    """What must be set before jax takes hold of a device: memory share, compilation cache."""
+    """What must be set before jax takes hold of a device: memory share, threads, compilation cache."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
     # XLA lends 64 GB of pinned host memory, a ceiling and no reservation; a host of eight GPUs saves and offloads more.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "65536")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", CPU_THREADS)
     if config.train.compilation_cache:
         folder = Path(config.train.compilation_cache).expanduser()
         try:

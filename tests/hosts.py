@@ -9,8 +9,8 @@ from pathlib import Path
 
 from runs import command, settings
 
-from jaxlm.launch import CPU_THREADS
 from jaxlm.parallel.gang import free_port
+from jaxlm.parallel.multihost import CPU_THREADS
 
 QUICK = settings("hosts.heartbeat_s=10", "hosts.join_s=60", "hosts.wait_s=60")
 

@@ -21,6 +21,9 @@ from jaxlm.parallel.gang import LOOPBACK, Gang, Limits, free_port
 JAX_LATER_S = 30.0  # jax's own heartbeat ends processes without a word: ours comes first
 PORT = 61399  # where a host has all processes and nobody named a port
 TLS = "JAX_MTLS_CERT_FILE"
+# NPROC, of XLA on CPU devices, in each process. By default it has one a device: then two sums that are ready together can each
+# hold threads the other waits for, for ever; and how work is cut, and so the order of sums, depends on devices a process.
+CPU_THREADS = "16"
 
 
 @dataclass(frozen=True)
