@@ -76,5 +76,5 @@ def run_module(tmp_path: Path, environment: dict[str, str]) -> Callable[..., sub
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The environment in which a subprocess finds this jaxlm."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    """The environment in which a subprocess finds this jaxlm, and what stands beside these tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}

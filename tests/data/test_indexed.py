@@ -259,40 +259,25 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 # Writes the set in a process for each change of a name or its content, which is killed before or after that change.
 KILLED = """
-import itertools, os, pathlib, signal, sys
-import numpy as np
+import itertools, os, sys
+from deadly import arm, changes_kill
 from jaxlm.data import indexed
 
-left, after, older = 0, sys.argv[1] == "after", eval(sys.argv[2])
+older = eval(sys.argv[2])
 
-def deadly(change):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = change(*args, **kwargs)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-
-def write(prefix, documents):
-    global left
+def write(prefix, documents, moment):
     with indexed.IndexedWriter(prefix, dtype="u2") as writer:
         for document in documents:
             writer.add_document(document)
-        left = -left
+        arm(moment)
 
 for moment in itertools.count(1):
     if older:
-        write(f"{moment}/set", older)
+        write(f"{moment}/set", older, 0)
     child = os.fork()
     if not child:
-        os.replace, os.fsync, os.open = deadly(os.replace), deadly(os.fsync), deadly(os.open)
-        pathlib.Path.unlink = deadly(pathlib.Path.unlink)
-        left = -moment
-        write(f"{moment}/set", [[4], [5, 6]])
+        changes_kill(before=sys.argv[1] == "before")
+        write(f"{moment}/set", [[4], [5, 6]], moment)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break

@@ -200,35 +200,22 @@ def test_a_damaged_manifest_is_no_manifest(run: Callable, tmp_path: Path) -> Non
 
 # Prepares in a process for each change of the file system, which is killed before or after that change.
 KILLED = """
-import itertools, os, pathlib, signal, sys
+import itertools, os, sys
+from deadly import arm, changes_kill
 from jaxlm.data.prepare import prepare
 
-sources, when, before = sys.argv[1:]
-left = 0
-
-def deadly(change):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0 and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = change(*args, **kwargs)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
+sources, when, before_spec = sys.argv[1:]
 
 def make(spec, folder):
     prepare((sources + "/*.txt",), tokenizer_spec=spec, text_key="text", folder=folder, log=print)
 
 for moment in itertools.count(1):
-    if before:
-        make(before, f"killed{moment}")
+    if before_spec:
+        make(before_spec, f"killed{moment}")
     child = os.fork()
     if not child:
-        os.replace, os.fsync, os.open = deadly(os.replace), deadly(os.fsync), deadly(os.open)
-        pathlib.Path.unlink, pathlib.Path.write_bytes = deadly(pathlib.Path.unlink), deadly(pathlib.Path.write_bytes)
-        left = moment
+        changes_kill(before=when == "before")
+        arm(moment)
         make("chars", f"killed{moment}")
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
