@@ -29,6 +29,7 @@ from jaxlm.compiled import Compiled, build
 from jaxlm.config import Config, Exit, Problem, UserError
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Loader, Prefetch
+from jaxlm.feed import feed
 from jaxlm.generate import write_sample
 from jaxlm.guards import Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
@@ -64,16 +65,7 @@ from jaxlm.settings import (
     to_json,
     warnings_to,
 )
-from jaxlm.step import (
-    Program,
-    StepMetrics,
-    TrainState,
-    abstract_state,
-    feed,
-    init_state,
-    with_recent,
-    without_recent,
-)
+from jaxlm.step import Program, StepMetrics, TrainState, abstract_state, init_state, with_recent, without_recent
 
 
 def main(argv: Sequence[str]) -> int:
@@ -150,21 +142,28 @@ def run(
             progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
-        try:
-            state, code = loop.run(state, start, owed=owed)
-        except UserError:
-            ledger.enter("end")
-            if not (lock and lock.lost):  # else the folder is another run's
-                log.flush()
-                ledger.flush()
-                note_report(folder, progress.note)
-            raise
+        state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock)
         ledger.enter("end")
         code = gang.settle("how the run ended", code, lambda codes: codes[0])  # it is process 0 that commits
         finish(work, state, workdir, folder, code, progress.note)
         ledger.flush()
         progress.note(f"time: {read_account(folder)}")
     return code
+
+
+def train_on(
+    loop: Loop, state: TrainState, start: int, *, owed: bool, folder: Path, lock: RunLock | None
+) -> tuple[TrainState, int]:
+    """`loop.run`; where it ends with an error for the user, what is known by then is written down first."""
+    try:
+        return loop.run(state, start, owed=owed)
+    except UserError:
+        loop.ledger.enter("end")
+        if not (lock and lock.lost):  # else the folder is another run's
+            loop.log.flush()
+            loop.ledger.flush()
+            note_report(folder, loop.progress.note)
+        raise
 
 
 def open_store(config: Config, workdir: Path, lock: RunLock | None) -> CheckpointStore:
