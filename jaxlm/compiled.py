@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from jaxlm.data.loader import Loader
+from jaxlm.feed import abstract_batch
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.parallel.replicas import rehearse
-from jaxlm.step import Program, StepMetrics, TrainState, abstract_batch, all_finite, compile_eval, compile_step
+from jaxlm.step import Program, StepMetrics, TrainState, all_finite, compile_eval, compile_step
 
 
 @dataclass(frozen=True)

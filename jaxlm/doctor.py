@@ -30,11 +30,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.checkpoint.space import available_memory_bytes, bytes_text
 from jaxlm.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, UserError, derived
 from jaxlm.data.loader import Batch
+from jaxlm.feed import put_batch
 from jaxlm.parallel.gang import Limits
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.multihost import find_place, join, visible_gpus
 from jaxlm.settings import Parser, run_main
-from jaxlm.step import compile_step, init_state, make_program, put_batch
+from jaxlm.step import compile_step, init_state, make_program
 
 # Losses of three updates of the model below, float32, found on CPUs with jax 0.10.2, 0.11.2 and 0.12.0.1.
 REFERENCE = (4.119355, 3.848504, 3.704384)

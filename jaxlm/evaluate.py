@@ -13,6 +13,7 @@ from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import TokenRange, whole
+from jaxlm.feed import feed
 from jaxlm.metrics.numbers import loss_text
 from jaxlm.session import (
     evaluate_batches,
@@ -23,7 +24,7 @@ from jaxlm.session import (
     with_vocabulary,
 )
 from jaxlm.settings import Parser, progress_bar, run_main
-from jaxlm.step import compile_eval, feed
+from jaxlm.step import compile_eval
 
 
 def evaluate(

@@ -31,11 +31,12 @@ from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.pipelined import to_layers
 from jaxlm.session import open_program
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import abstract_state, compile_step, init_state, put_batch
+from jaxlm.step import abstract_state, compile_step, init_state
 from jaxlm.train import use_device_settings
 
 

@@ -23,10 +23,11 @@ from unittest import mock
 import jax
 
 from jaxlm.data.corpus import open_corpus, training_loader
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.session import open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import compile_step, init_state, put_batch
+from jaxlm.step import compile_step, init_state
 
 # settings of train, and the attention kernel where it is not the config's: cuDNN's can not be deterministic
 VARIANTS = {

@@ -23,6 +23,7 @@ import jax
 from jaxlm import train
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.data.corpus import open_corpus, training_loader
+from jaxlm.feed import put_batch
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog
 from jaxlm.models.presets import PRESETS
@@ -30,7 +31,7 @@ from jaxlm.parallel.gang import Gang, Limits
 from jaxlm.parallel.votes import Asked
 from jaxlm.session import open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import init_state, put_batch
+from jaxlm.step import init_state
 
 
 def main(argv: Sequence[str]) -> int:

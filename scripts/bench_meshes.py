@@ -27,12 +27,13 @@ import numpy as np
 
 from jaxlm.config import MESH_AXES, Config, MeshConfig, PipelineConfig, Problem, UserError
 from jaxlm.data.corpus import open_corpus, training_loader
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.describe import communication_summary
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import init_state, make_program, put_batch
+from jaxlm.step import init_state, make_program
 from jaxlm.train import build
 
 

@@ -29,11 +29,12 @@ from bench_meshes import apply
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus, open_corpus, training_loader
 from jaxlm.data.loader import Batch
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import Program, abstract_state, batch_sharding, compile_step, init_state, make_program, put_batch
+from jaxlm.step import Program, abstract_state, batch_sharding, compile_step, init_state, make_program
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,12 +29,13 @@ import numpy as np
 from jaxlm.compiled import memory_bytes
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch
+from jaxlm.feed import abstract_batch, put_batch
 from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.models.presets import PRESETS
 from jaxlm.session import open_program
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import Program, abstract_batch, abstract_state, compile_step, init_state, num_params, put_batch
+from jaxlm.step import Program, abstract_state, compile_step, init_state, num_params
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,12 +23,13 @@ from bench_meshes import apply
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.data.loader import Loader
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.session import with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
-from jaxlm.step import Program, abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
+from jaxlm.step import Program, abstract_state, compile_eval, compile_step, init_state, make_program
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,9 +13,10 @@ import tiny
 
 from jaxlm.config import DataConfig, PipelineConfig, UserError
 from jaxlm.data.loader import Batch
+from jaxlm.feed import put_batch
 from jaxlm.generate import generate
 from jaxlm.session import attention_facts, open_mesh
-from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads, put_batch
+from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads
 
 B, T, IDS = 8, 16, 30  # documents beside the one that counts have ids below IDS, that one has the others
 # f32: orders of the same sums, as tests/test_meshes.py has it for losses

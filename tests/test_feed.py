@@ -11,7 +11,8 @@ from jaxlm.data.indexed import IndexedDataset, IndexedWriter
 from jaxlm.data.loader import Loader
 from jaxlm.data.ramp import Ramp
 from jaxlm.data.samples import Windows, whole
-from jaxlm.step import abstract_batch, batch_sharding, feed, make_program, row_share
+from jaxlm.feed import abstract_batch, feed, row_share
+from jaxlm.step import batch_sharding, make_program
 
 # mesh, and of how many parts each of 1, 2, 4 and 8 hosts reads one
 MESHES = [
@@ -78,4 +79,4 @@ def as_host(monkeypatch: pytest.MonkeyPatch, devices: list) -> None:
 
     monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", held)
     monkeypatch.setattr(jax, "make_array_from_single_device_arrays", put)
-    monkeypatch.setattr("jaxlm.step.row_share", lambda program: row_share(program, devices))
+    monkeypatch.setattr("jaxlm.feed.row_share", lambda program: row_share(program, devices))

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
-from jaxlm.step import (
-    abstract_state,
-    batch_sharding,
-    compile_init,
-    compile_step,
-    init_state,
-    make_program,
-    put_batch,
-)
+from jaxlm.step import abstract_state, batch_sharding, compile_init, compile_step, init_state, make_program
 
 SIZED = dict(vocab_size=1024, embed_dim=256, num_layers=1, num_heads=8, max_seq_len=16)
 

@@ -10,11 +10,12 @@ import pytest
 import tiny
 
 from jaxlm.config import UserError
+from jaxlm.feed import put_batch
 from jaxlm.models import loss
 from jaxlm.parallel import dense
 from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import cast
-from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads, put_batch
+from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads
 
 SHAPE = dict(num_heads=8, embed_dim=32, num_layers=2)
 AXES = ("data", "fsdp", "context", "model")

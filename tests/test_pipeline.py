@@ -19,11 +19,12 @@ from jaxlm import pipelined
 from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import PipelineConfig, UserError
+from jaxlm.feed import put_batch
 from jaxlm.parallel.pipeline import _Run
 from jaxlm.parallel.schedule import Schedule
 from jaxlm.parallel.stages import Stages, by_slot
 from jaxlm.pipelined import from_layers, to_layers
-from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program, put_batch
+from jaxlm.step import abstract_state, compile_eval, compile_step, init_state, make_program
 
 # f32: five AdamW steps' losses, and each gradient leaf in the two-norm
 LOSS = GRADIENT = 5e-6

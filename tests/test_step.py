@@ -13,6 +13,7 @@ from flax import nnx
 from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.config import REMAT_NAMES
 from jaxlm.data.loader import Batch
+from jaxlm.feed import put_batch
 from jaxlm.models.gpt import GPT, _unroll
 from jaxlm.step import (
     WINDOW,
@@ -21,7 +22,6 @@ from jaxlm.step import (
     init_state,
     make_program,
     mean_loss_and_grads,
-    put_batch,
     with_recent,
     without_recent,
 )

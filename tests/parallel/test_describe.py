@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from jaxlm.feed import put_batch
 from jaxlm.header import layout_text
 from jaxlm.parallel.describe import (
     Parameter,
@@ -15,7 +16,7 @@ from jaxlm.parallel.describe import (
     parameter_table,
 )
 from jaxlm.parallel.hlo import Collective, collectives
-from jaxlm.step import compile_step, init_state, make_program, put_batch
+from jaxlm.step import compile_step, init_state, make_program
 
 GOLDEN = """\
 collective  over  times a step  bytes a device

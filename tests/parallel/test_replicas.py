@@ -4,8 +4,9 @@ import pytest
 import tiny
 
 from jaxlm.config import UserError
+from jaxlm.feed import put_batch
 from jaxlm.parallel.replicas import differing_leaves, differing_replicas, step_twice
-from jaxlm.step import compile_step, init_state, make_program, put_batch
+from jaxlm.step import compile_step, init_state, make_program
 
 
 @pytest.fixture(scope="module")
