@@ -211,7 +211,8 @@ def _check_data(config: Config, rule: Any) -> None:
     t, d, ramp = config.train, config.data, config.train.batch_ramp
     rule(bool(d.path) != bool(d.train), "data.path",
          "exactly one of data.path (text) and data.train (tokenized sets) names the training data",
-         "set --config.data.path=FILE.txt, or --config.data.train=PREFIX")  # fmt: skip
+         "clear one: --config.data.path= or --config.data.train=" if d.path
+         else "set --config.data.path=FILE.txt, or --config.data.train=PREFIX")  # fmt: skip
     rule(2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0, "data.split",
          "must be two or three shares, the first above 0: training, evaluation, kept apart",
          "use for example 0.95,0.05")  # fmt: skip

@@ -179,13 +179,16 @@ def main(argv: Sequence[str]) -> int:
         help="GPUs of each, or where there are none, CPU devices (default: an even share of the GPUs)",
     )  # fmt: skip
     parser.add_argument("--max-restarts", type=int, default=0, metavar="R", help="times a failed gang is started again")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of process-I.log (default: logs)")
+    parser.add_argument(
+        "--logs", type=Path, help="folder of process-I.log (default: logs in the command's --workdir, or here)"
+    )
     parser.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts that run this command together")
     parser.add_argument("--host", type=int, default=0, metavar="I", help="which of them this is, from 0")
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="a port of host 0, for several hosts")
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
     args, command = parser.parse_args(words[:at]), words[at + 1 :]
+    args.logs = args.logs or (_workdir(command) or Path()) / "logs"
     problems = []
     if not command:
         problems.append(Problem("command", "there is none", "write it behind --: -- python -m jaxlm.train ..."))
