@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--schedules", nargs="+", default=["1f1b", "gpipe", "circular"])
+    parser.add_argument("--schedules", nargs="*", default=["1f1b", "gpipe", "circular"])
     parser.add_argument("--repeats", type=int, default=2, help="of circular")
     parser.add_argument("--beside", nargs="*", default=[], metavar="MESH")
     parser.add_argument("--steps", type=int, default=6)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(others)
     config = resolve(load_file(args.config), overrides=overrides, presets=PRESETS).config
     few, many = (2 * sorted(args.microbatches))[:2]
-    alone = {M: f"data=1,accumulate={M},batch_size={M * args.rows}" for M in (few, many)}
+    alone = {M: f"data=1,accumulate={M},batch_size={M * args.rows}" for M in (few, many) if args.schedules}
     cases = {}
     for schedule in args.schedules:
         for M in args.microbatches:
@@ -71,9 +71,10 @@ def main(argv: Sequence[str]) -> int:
             about = dict(device=jax.devices()[0].device_kind, step_ms=1e3 * took)
             return took, about | dict(tokens_per_s=rows * config.train.seq_len / took)
 
-        alone_s = {M: timed(text)[0] for M, text in alone.items()}
-        print(json.dumps({"one_device_ms": {M: 1e3 * s for M, s in alone_s.items()}}), flush=True)
-        slope = (alone_s[many] - alone_s[few]) / max(many - few, 1)
+        if cases:
+            alone_s = {M: timed(text)[0] for M, text in alone.items()}
+            print(json.dumps({"one_device_ms": {M: 1e3 * s for M, s in alone_s.items()}}), flush=True)
+            slope = (alone_s[many] - alone_s[few]) / max(many - few, 1)
         for mesh, case in cases.items():
             took, result = timed(mesh)
             ideal = (alone_s[few] + slope * (case["microbatches"] - few)) / args.stages
