@@ -33,7 +33,7 @@ def forward(
     ins = dict(x=x_RD, y=None if y is None else y.reshape(x_RD.shape), y_bias=y_bias_D, scale=scale_D, bias=bias_D)
     outs = dict(s=None if y is None else like, normed=like, mean=row if kind == "layernorm" else None, rstd=row)
     tile = _Tile.of(*x_RD.shape)
-    out = _run(partial(_forward, tile=tile, eps=eps), tile, ins, outs, interpret)
+    out = _run("add_norm", partial(_forward, tile=tile, eps=eps), tile, ins, outs, interpret)
     s, normed, mean, rstd = (a if a is None else a.reshape(x.shape[: x.ndim - 2 + a.ndim]) for a in map(out.get, outs))
     return x if s is None else s, normed, mean, rstd
 
@@ -52,7 +52,7 @@ def backward(
     ins |= dict(mean=None if mean is None else mean.reshape(-1), rstd=rstd.reshape(-1))
     outs = dict(dx=jax.ShapeDtypeStruct(s_RD.shape, s.dtype))
     outs |= dict(sums=jax.ShapeDtypeStruct((tile.programs, len(wanted), tile.D), jnp.float32))
-    out = _run(partial(_backward, tile=tile, wanted=wanted), tile, ins, outs, interpret)
+    out = _run("add_norm_backward", partial(_backward, tile=tile, wanted=wanted), tile, ins, outs, interpret)
     return out["dx"].reshape(s.shape), dict(zip(wanted, out["sums"].sum(0)))
 
 
@@ -99,13 +99,13 @@ class _Tile(NamedTuple):
         return rows, channels, rows[:, None] & channels[None]
 
 
-def _run(kernel: Callable, tile: _Tile, ins: dict, outs: dict, interpret: bool) -> dict:
+def _run(name: str, kernel: Callable, tile: _Tile, ins: dict, outs: dict, interpret: bool) -> dict:
     """`kernel` of inputs and outputs by name; those that are None it does not get."""
-    ins, outs = ({name: a for name, a in part.items() if a is not None} for part in (ins, outs))
-    ins_at, outs_at = ({name: tile.spec(name, a) for name, a in part.items()} for part in (ins, outs))
+    ins, outs = ({key: a for key, a in part.items() if a is not None} for part in (ins, outs))
+    ins_at, outs_at = ({key: tile.spec(key, a) for key, a in part.items()} for part in (ins, outs))
     return pl.pallas_call(
         kernel, grid=(tile.programs,), in_specs=(ins_at,), out_specs=outs_at, out_shape=outs, interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps), name=name,
     )(ins)  # fmt: skip
 
 

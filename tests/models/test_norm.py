@@ -114,8 +114,8 @@ def additions(jaxpr, shape) -> int:
 def test_the_residual_is_added_in_the_norms_pass_unless_the_sum_is_kept_or_carried(setting, left):
     model = tiny.config(**(dict(dtype="bfloat16", norm_kernel="pallas") | setting)).model
     key = jax.random.key(0)
-    gpt, drops = GPT(model, key, tiny.layout()), key if model.dropout else None
-    traced = jax.make_jaxpr(lambda tokens: gpt.hidden(tokens, drops))(np.zeros((2, 16), np.int32))
+    drops = key if model.dropout else None
+    traced = jax.make_jaxpr(lambda tokens: GPT(model, key, tiny.layout()).hidden(tokens, drops))(np.zeros((2, 16), int))
     assert additions(traced.jaxpr, (2, 16, model.embed_dim)) == left
 
 
