@@ -24,6 +24,7 @@ from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.kernels import Choice, choose_attention
 from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.norm import choose_norm
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
@@ -109,8 +110,10 @@ class Program:
 
 def make_program(config: Config, layout: Layout) -> Program:
     """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
-    kernel = chosen_attention(config, layout).kernel  # a layer does not know all that decides
-    built = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel.name))
+    chosen = {key: choice.kernel.name for key, choice in chosen_kernels(config, layout).items()}
+    built = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **chosen)
+    )  # layers know less that decides
     abstract = nnx.eval_shape(lambda: GPT(built.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)
@@ -129,11 +132,11 @@ def make_program(config: Config, layout: Layout) -> Program:
     return Program(config, layout, graph, dims, roles, schedule, optimizer, pipe)
 
 
-def chosen_attention(config: Config, layout: Layout) -> Choice:
-    """What attention runs on, and why. Raises UserError if a kernel that the config names refuses."""
-    return choose_attention(
-        config.model, layout.platform, documents=config.data.separates, deterministic=config.train.deterministic
-    )
+def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
+    """{setting of the model: what it runs on, and why}. Raises UserError if a kernel that the config names refuses."""
+    model, documents, deterministic = config.model, config.data.separates, config.train.deterministic
+    attention = choose_attention(model, layout.platform, documents=documents, deterministic=deterministic)
+    return {"attention": attention, "norm_kernel": choose_norm(model, layout)}
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:

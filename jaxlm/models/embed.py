@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.norm import Norm
+from jaxlm.models.norm import Norm, Stream
 from jaxlm.models.params import products, use, weight
 from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.random import keep_mask
@@ -32,7 +32,7 @@ class Embedding(nnx.Module):
         self.positions = (
             weight(kp, (model.max_seq_len, D), "position embed", std=std, role="embedding") if learned else None
         )
-        self.norm = Norm(model, kind="layernorm") if model.embed_norm else None
+        self.norm = Norm(model, layout, kind="layernorm") if model.embed_norm else None
 
     def __call__(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
         """RESIDUAL. A token's position is counted from where its document starts in the row; with None, the row."""
@@ -50,7 +50,7 @@ class Embedding(nnx.Module):
                 index_BT = layout.constrain(first + jnp.arange(T) - starts_BT, ("batch", "residual"))
                 positions_TD = layout.constrain(table_TD[index_BT], RESIDUAL)
             x_BTD = layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        return x_BTD if self.norm is None else self.norm(Stream(x_BTD))[1]
 
 
 def dropout(

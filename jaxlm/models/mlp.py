@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.params import Parameter, add_bias, products, vector, weight
+from jaxlm.models.params import add_bias, array, products, vector, weight
 from jaxlm.parallel.rules import Layout
 
 
@@ -32,18 +32,15 @@ class MLP(nnx.Module):
         self.down_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """The branch's output before down_bias, [B, T, D]."""
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
-            act_BTF = _activate(_gelu, (checkpoint_name(up_BTF, "mlp_up"),), (_array(self.up_bias),))
+            act_BTF = _activate(_gelu, (checkpoint_name(up_BTF, "mlp_up"),), (array(self.up_bias),))
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
             sums = checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate")
-            act_BTF = _activate(_swiglu, sums, (_array(self.up_bias), _array(self.gate_bias)))
-        return add_bias(self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down), self.down_bias)
-
-
-def _array(bias: Parameter | None) -> jax.Array | None:
-    return None if bias is None else bias[...]
+            act_BTF = _activate(_swiglu, sums, (array(self.up_bias), array(self.gate_bias)))
+        return self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down)
 
 
 def _gelu(up: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
 from jaxlm.models.kernels import choose_attention
 from jaxlm.models.loss import cross_entropy_sums, num_chunks
+from jaxlm.models.norm import Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
 from jaxlm.parallel.context import attend
@@ -111,7 +112,7 @@ def test_initial_weights_have_the_published_spread():
 def test_every_remat_name_is_emitted_and_documented(family):
     m = tiny.config(family).model
     block = Block(m, jax.random.key(0), tiny.layout())
-    forward_and_backward = jax.grad(lambda x: block(x, None).sum())  # as rematerialisation sees them: attention's own
+    forward_and_backward = jax.grad(lambda x: block(Stream(x), None).sum.sum())  # as remat sees them: attention's own
     jaxpr = jax.make_jaxpr(forward_and_backward)(jnp.zeros((2, 16, m.embed_dim)))
 
     def names_in(jaxpr):
