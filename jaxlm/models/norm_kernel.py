@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 WIDEST = 8192  # wider rows and their gradients do not stay in the registers of one program
-PROGRAMS = 528  # of a backward: four for each of an H100's multiprocessors, each with partial sums of its own
+WARPS = 2112  # of a whole backward: those that an H100's 132 multiprocessors have registers for at one time
 BY_CHANNEL = ("scale", "bias", "y_bias")  # vectors [D]; any other is one number a row, [R]
 
 
@@ -47,7 +47,7 @@ def backward(
     ds, dnormed: gradients of the sum and of its norm.   The others: as `forward` made them.
     """
     s_RD = s.reshape(-1, s.shape[-1])
-    tile = _Tile.of(*s_RD.shape, programs=PROGRAMS)
+    tile = _Tile.of(*s_RD.shape, warps=WARPS)
     ins = dict(ds=ds.reshape(s_RD.shape), dnormed=dnormed.reshape(s_RD.shape), s=s_RD, scale=scale_D)
     ins |= dict(mean=None if mean is None else mean.reshape(-1), rstd=rstd.reshape(-1))
     outs = dict(dx=jax.ShapeDtypeStruct(s_RD.shape, s.dtype))
@@ -67,11 +67,11 @@ class _Tile(NamedTuple):
     steps: int
 
     @classmethod
-    def of(cls, R: int, D: int, *, programs: int | None = None) -> _Tile:
-        """In as many programs as there are blocks, or in about `programs`."""
+    def of(cls, R: int, D: int, *, warps: int | None = None) -> _Tile:
+        """A program for each block, or where each leaves something behind as many programs as have about `warps` in all."""
         width = pl.next_power_of_2(D)
-        rows = max(1, min(4, 4096 // width))
-        return cls(R, D, rows, width, pl.cdiv(R, rows * programs) if programs else 1)
+        one = cls(R, D, 2 if width <= 4096 else 1, width, 1)
+        return one if warps is None else one._replace(steps=pl.cdiv(one.programs, max(1, warps // one.warps)))
 
     @property
     def programs(self) -> int:
@@ -79,8 +79,8 @@ class _Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Of a program: up to 32 entries of a block for each thread."""
-        return max(4, self.width // 512)
+        """Of a program: at most 16 entries of a block for each thread, and three such blocks in its registers."""
+        return min(max(4, self.width // 256), 16)
 
     def spec(self, name: str, a: Any) -> pl.BlockSpec:
         """What one program sees of the array of that name."""
