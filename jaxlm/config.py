@@ -51,6 +51,9 @@ class ModelConfig:
     norm_kernel: Literal["auto", "xla", "pallas"] = setting(
         "auto", "norm kernel; pallas adds a branch and normalises in one pass; auto logs what it took and why"
     )
+    loss_kernel: Literal["auto", "xla", "pallas"] = setting(
+        "auto", "cross entropy's kernel; pallas reads logits once; auto logs what it took and why"
+    )
     scan_layers: bool = setting(
         False, "one compiled block looped over layers: compiles faster, runs 10-30 % slower on a GPU"
     )

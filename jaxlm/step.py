@@ -23,7 +23,7 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.kernels import Choice, choose_attention
-from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.loss import choose_loss, cross_entropy_sums
 from jaxlm.models.norm import choose_norm
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
@@ -136,7 +136,11 @@ def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
     """{setting of the model: what it runs on, and why}. Raises UserError if a kernel that the config names refuses."""
     model, documents, deterministic = config.model, config.data.separates, config.train.deterministic
     attention = choose_attention(model, layout.platform, documents=documents, deterministic=deterministic)
-    return {"attention": attention, "norm_kernel": choose_norm(model, layout)}
+    return {
+        "attention": attention,
+        "norm_kernel": choose_norm(model, layout),
+        "loss_kernel": choose_loss(model, layout),
+    }
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:
@@ -337,6 +341,7 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
         vocab_size=program.config.model.vocab_size,
         z_loss=train.z_loss,
         chunk_tokens=train.loss_chunk_tokens,
+        kernel=choose_loss(program.config.model, program.layout).kernel,
     )
 
 

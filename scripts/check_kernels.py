@@ -10,6 +10,7 @@ any error is above its bound. A seed that is not given is drawn and printed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 
 from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.models.kernels import ATTENTION
-from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.loss import LOSS, cross_entropy_sums
 from jaxlm.models.norm import NORM, Settings, Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.parallel.context import attend
@@ -200,15 +201,16 @@ def cross_entropies(layout: Layout, draw: Draw) -> Iterator[Case]:
         [(2048, 768, 50304, 50257), (1024, 4096, 32000, 32000)] if layout.platform == "gpu" else []
     )  # tokens, D, V, ids
     for tokens, D, V, ids in [*shapes, (96, 24, 64, 61)]:
-        for dtype, z_loss in ((d, z) for d in ("bfloat16", "float32") for z in (0.0, 1e-2)):
+        kinds = itertools.product(LOSS, ("bfloat16", "float32"), (0.0, 1e-2))
+        for kernel, dtype, z_loss in kinds:
             x, head = draw((1, tokens, D), dtype), draw((V, D)) / D**0.5
             head = head.astype(dtype).astype(F32)  # at rest in float32: the cast is not the kernel's error
             labels = jnp.asarray(draw.rng.integers(0, ids, (1, tokens)), jnp.int32)
             weights = jnp.asarray(draw.rng.random((1, tokens)) < 0.8, F32)
             setting: dict[str, Any] = dict(vocab_size=ids, z_loss=z_loss)
-            sums = partial(cross_entropy_sums, layout=layout, chunk_tokens=tokens // 2, **setting)
+            sums = partial(cross_entropy_sums, layout=layout, chunk_tokens=tokens // 2, kernel=kernel, **setting)
             yield Case(
-                f"{dtype} {tokens} tokens D{D} V{V} z_loss={z_loss:g}",
+                f"{kernel.name} {dtype} {tokens} tokens D{D} V{V} z_loss={z_loss:g}",
                 lambda x, head, sums=sums, labels=labels, weights=weights: sums(x, head, labels, weights)[0],
                 partial(_cross_entropy, labels=labels, weights=weights, **setting),
                 (x, head),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from jaxlm.config import ModelConfig
 from jaxlm.models.norm import Norm, Stream
@@ -13,6 +15,10 @@ from jaxlm.models.params import products, use, weight
 from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.random import keep_mask
 from jaxlm.parallel.rules import Layout
+
+# The gradient of learned positions, a sum over rows, makes XLA lay the whole residual stream out with rows innermost: on an
+# H100 that cost 6.4 of 76.3 ms a step at 124M in transposes.
+ROW_MAJOR = MemoryLayout((0, 1, 2))
 
 
 def padded_vocab(model: ModelConfig) -> int:
@@ -50,6 +56,7 @@ class Embedding(nnx.Module):
                 index_BT = layout.constrain(first + jnp.arange(T) - starts_BT, ("batch", "residual"))
                 positions_TD = layout.constrain(table_TD[index_BT], RESIDUAL)
             x_BTD = layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
+        x_BTD = with_layout_constraint(x_BTD, ROW_MAJOR)
         return x_BTD if self.norm is None else self.norm(Stream(x_BTD))[1]
 
 

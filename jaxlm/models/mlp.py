@@ -62,7 +62,7 @@ def _activate_forward(function: Callable, sums: tuple, biases: tuple) -> tuple:
 
 
 def _activate_backward(function: Callable, saved: tuple, dact_BTF: jax.Array) -> tuple:
-    sums, biases = saved
+    sums, biases = jax.lax.optimization_barrier(saved)  # or what the forward formed in between is kept for it
     dsums = jax.vjp(function, *map(add_bias, sums, biases))[1](dact_BTF)
     dsums = jax.lax.optimization_barrier(dsums)  # or the compiler writes them in float32, for the sums below
     dbiases = [None if b is None else d.astype(jnp.float32).sum((0, 1)) for d, b in zip(dsums, biases)]

@@ -136,7 +136,8 @@ class _Run:
 
         def top(sums: tuple) -> tuple:
             report, dends, dy = sums
-            if schedule.first_backward == schedule.repeats * schedule.stages:  # it just left, and came round to the first
+            just_left = schedule.first_backward == schedule.repeats * schedule.stages
+            if just_left:  # and came round to the first stage
                 y = self.from_stage(0, carry.y)
             else:
                 y = self.from_stage(-1, jax.lax.dynamic_index_in_dim(slots[0], slot, 0, keepdims=False))
