@@ -24,6 +24,7 @@ from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.kernels import Choice, choose_attention
 from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.mlp import choose_activation
 from jaxlm.models.norm import choose_norm
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
@@ -136,7 +137,11 @@ def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
     """{setting of the model: what it runs on, and why}. Raises UserError if a kernel that the config names refuses."""
     model, documents, deterministic = config.model, config.data.separates, config.train.deterministic
     attention = choose_attention(model, layout.platform, documents=documents, deterministic=deterministic)
-    return {"attention": attention, "norm_kernel": choose_norm(model, layout)}
+    return {
+        "attention": attention,
+        "norm_kernel": choose_norm(model, layout),
+        "activation_kernel": choose_activation(model, layout),
+    }
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # public jax runs its forward again under remat
 
 from jaxlm.config import ModelConfig, Problem, UserError
+from jaxlm.parallel.rules import Layout
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def choose(setting: str, named: str, kernels: Sequence[Any], *call: Any) -> Choi
             return Choice(kernel, tuple(reasons))
         reasons.append(f"not {kernel.name}: {reason}")
     raise UserError(Problem(f"{setting}={named}", "; ".join(reasons), f"use {setting}=auto"))
+
+
+def triton_refuses(layout: Layout, named: str) -> str | None:
+    """Why a Pallas kernel that compiles by Triton does not serve here, or None. named: the setting that asks for it."""
+    device = layout.mesh.devices.flat[0]
+    major = str(getattr(device, "compute_capability", None)).partition(".")[0]  # of an NVIDIA GPU
+    if layout.platform == "gpu" and not (major.isdigit() and int(major) >= 8):
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not a {device.device_kind}"
+    if layout.platform != "gpu" and named == "auto":
+        return f"it is for NVIDIA GPUs; a {layout.platform} runs it interpreted, very slowly, where it is named"
+    return None
 
 
 def _grouped(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:

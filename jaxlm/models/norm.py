@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.models import norm_kernel
-from jaxlm.models.kernels import Choice, choose
+from jaxlm.models.kernels import Choice, choose, triton_refuses
 from jaxlm.models.params import add_bias, array, vector
 from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.rules import Layout
@@ -123,15 +123,9 @@ def _specs(layout: Layout) -> tuple[Any, Any, Any]:
 
 
 def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
-    device = layout.mesh.devices.flat[0]
-    major = str(getattr(device, "compute_capability", None)).partition(".")[0]  # of an NVIDIA GPU
-    if layout.platform == "gpu" and not (major.isdigit() and int(major) >= 8):
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not a {device.device_kind}"
-    if layout.platform != "gpu" and model.norm_kernel == "auto":
-        return f"it is for NVIDIA GPUs; a {layout.platform} runs it interpreted, very slowly, where it is named"
     if model.embed_dim > norm_kernel.WIDEST:
         return f"width {model.embed_dim} is above {norm_kernel.WIDEST}: a row would not fit one program's registers"
-    return None
+    return triton_refuses(layout, model.norm_kernel)
 
 
 NORM = (NormKernel("pallas", _pallas, True, _pallas_refuses), NormKernel("xla", _xla, False, lambda *call: None))
