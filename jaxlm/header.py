@@ -86,7 +86,7 @@ def header(
         ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
         ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
         ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
-        *((name, facts[name]) for name in ("attention", "norm", "loss", "context") if name in facts),
+        *((name, facts[name]) for name in ("attention", "norm", "activation", "loss", "context") if name in facts),
         *((("pipeline", facts["pipeline"]),) if "pipeline" in facts else ()),
         ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
         ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),

@@ -24,6 +24,7 @@ from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.kernels import Choice, choose_attention
 from jaxlm.models.loss import choose_loss, cross_entropy_sums
+from jaxlm.models.mlp import choose_activation
 from jaxlm.models.norm import choose_norm
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
@@ -139,6 +140,7 @@ def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
     return {
         "attention": attention,
         "norm_kernel": choose_norm(model, layout),
+        "activation_kernel": choose_activation(model, layout),
         "loss_kernel": choose_loss(model, layout),
     }
 
