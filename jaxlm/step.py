@@ -110,7 +110,8 @@ class Program:
 def make_program(config: Config, layout: Layout) -> Program:
     """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
     kernel = chosen_attention(config, layout).kernel  # a layer does not know all that decides
-    built = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel.name))
+    remat = "none" if config.model.remat == "auto" else config.model.remat  # tuning.py chooses, for whoever trains
+    built = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel.name, remat=remat))
     abstract = nnx.eval_shape(lambda: GPT(built.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)
