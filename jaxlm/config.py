@@ -48,6 +48,16 @@ class ModelConfig:
         "float32", "compute dtype; parameters and optimizer state stay float32"
     )
     attention: Literal["auto", "xla", "cudnn"] = setting("auto", "attention kernel; auto logs what it took and why")
+    activation_kernel: Literal["auto", "xla", "pallas"] = setting(
+        "auto",
+        "kernel of the MLP's activation; pallas sums its biases' gradients in its backward's pass; auto logs why",
+    )
+    norm_kernel: Literal["auto", "xla", "pallas"] = setting(
+        "auto", "norm kernel; pallas adds a branch and normalises in one pass; auto logs what it took and why"
+    )
+    loss_kernel: Literal["auto", "xla", "pallas"] = setting(
+        "auto", "cross entropy's kernel; pallas reads logits once; auto logs what it took and why"
+    )
     scan_layers: bool = setting(
         False, "one compiled block looped over layers: compiles faster, runs 10-30 % slower on a GPU"
     )

@@ -17,7 +17,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
-from jaxlm.session import attention_facts
+from jaxlm.session import kernel_facts
 from jaxlm.step import DETERMINISTIC, Program, abstract_state, num_params
 
 LAYOUT_FILE = "layout.txt"
@@ -35,7 +35,7 @@ def describe(program: Program, corpus: Corpus, memory_bytes: int | None) -> dict
     return {
         "parameters": num_params(program, padding=False),
         "parameters_padded": num_params(program),
-        **attention_facts(program),
+        **kernel_facts(program),
         **({"pipeline": str(program.pipe)} if program.pipe else {}),
         "devices": jax.device_count(),
         "device_kind": device.device_kind,
@@ -86,7 +86,7 @@ def header(
         ("model", f"{m.num_layers} layers, width {m.embed_dim}, {m.num_heads} heads of {m.head_dim}, {m.dtype}"),
         ("", f"{m.position} positions, {m.norm}, {m.activation}" + (f", dropout {m.dropout}" if m.dropout else "")),
         ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
-        *((name, facts[name]) for name in ("attention", "context") if name in facts),
+        *((name, facts[name]) for name in ("attention", "norm", "activation", "loss", "context") if name in facts),
         *((("pipeline", facts["pipeline"]),) if "pipeline" in facts else ()),
         *((("remat", facts["remat_choice"]),) if "remat_choice" in facts else ()),
         ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),

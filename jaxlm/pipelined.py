@@ -20,7 +20,7 @@ from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import init_block
-from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.loss import choose_loss, cross_entropy_sums
 from jaxlm.models.pieces import Pieces
 from jaxlm.parallel import pipeline
 from jaxlm.parallel.dense import finish_gradient
@@ -54,7 +54,10 @@ def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
         return None
     schedule, stages = plan_stages(config, num_stages=P, num_row_shards=layout.num_row_shards)
     inside = dataclasses.replace(layout, inside=True)
-    loss = partial(cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens)
+    loss = partial(
+        cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens,
+        kernel=choose_loss(model, inside).kernel,
+    )  # fmt: skip
     return Pipeline(schedule, stages, Pieces(model, inside, stages, loss))
 
 

@@ -36,7 +36,7 @@ from jaxlm.parallel.multihost import CPU_THREADS, visible_gpus
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
-from jaxlm.step import Program, abstract_state, chosen_attention, make_program
+from jaxlm.step import Program, abstract_state, chosen_kernels, make_program
 
 AHEAD = 2  # batches of an evaluation in flight
 
@@ -76,7 +76,7 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
     ]:  # what a -1 turned out to be
         raise UserError(*problems)
-    chosen_attention(config, layout)
+    chosen_kernels(config, layout)
     for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
         choose_context(layout, config.model, length)
         layout.check_divides("a row", (length,), ("residual",))
@@ -128,10 +128,10 @@ def _fits(mesh: MeshConfig) -> bool:
     return True
 
 
-def attention_facts(program: Program) -> dict[str, str]:
-    """What attention runs on and, where rows are split over devices, how they meet; with the reasons of each choice."""
+def kernel_facts(program: Program) -> dict[str, str]:
+    """What attention and norms run on and, where rows are split over devices, how they meet; with each choice's reasons."""
     model, layout = program.config.model, program.layout
-    facts = {"attention": str(chosen_attention(program.config, layout))}
+    facts = {key.removesuffix("_kernel"): str(choice) for key, choice in chosen_kernels(program.config, layout).items()}
     if layout.split("seq"):
         facts["context"] = str(choose_context(layout, model, program.config.train.seq_len))
     return facts

@@ -23,7 +23,9 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Batch
 from jaxlm.models.gpt import GPT, init_block
 from jaxlm.models.kernels import Choice, choose_attention
-from jaxlm.models.loss import cross_entropy_sums
+from jaxlm.models.loss import choose_loss, cross_entropy_sums
+from jaxlm.models.mlp import choose_activation
+from jaxlm.models.norm import choose_norm
 from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
@@ -109,9 +111,11 @@ class Program:
 
 def make_program(config: Config, layout: Layout) -> Program:
     """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
-    kernel = chosen_attention(config, layout).kernel  # a layer does not know all that decides
-    remat = "none" if config.model.remat == "auto" else config.model.remat  # tuning.py chooses, for whoever trains
-    built = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel.name, remat=remat))
+    chosen = {key: choice.kernel.name for key, choice in chosen_kernels(config, layout).items()}
+    if config.model.remat == "auto":
+        chosen["remat"] = "none"  # tuning.py chooses, for whoever trains
+    # layers know less that decides
+    built = dataclasses.replace(config, model=dataclasses.replace(config.model, **chosen))
     abstract = nnx.eval_shape(lambda: GPT(built.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)
@@ -130,11 +134,16 @@ def make_program(config: Config, layout: Layout) -> Program:
     return Program(config, layout, graph, dims, roles, schedule, optimizer, pipe)
 
 
-def chosen_attention(config: Config, layout: Layout) -> Choice:
-    """What attention runs on, and why. Raises UserError if a kernel that the config names refuses."""
-    return choose_attention(
-        config.model, layout.platform, documents=config.data.separates, deterministic=config.train.deterministic
-    )
+def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
+    """{setting of the model: what it runs on, and why}. Raises UserError if a kernel that the config names refuses."""
+    model, documents, deterministic = config.model, config.data.separates, config.train.deterministic
+    attention = choose_attention(model, layout.platform, documents=documents, deterministic=deterministic)
+    return {
+        "attention": attention,
+        "norm_kernel": choose_norm(model, layout),
+        "activation_kernel": choose_activation(model, layout),
+        "loss_kernel": choose_loss(model, layout),
+    }
 
 
 def _unflatten(flat: dict[tuple, Any]) -> dict:
@@ -335,6 +344,7 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
         vocab_size=program.config.model.vocab_size,
         z_loss=train.z_loss,
         chunk_tokens=train.loss_chunk_tokens,
+        kernel=choose_loss(program.config.model, program.layout).kernel,
     )
 
 

@@ -10,6 +10,7 @@ read, and the largest difference in a row.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
                 state, _ = step(state, put_batch(program, loader.batch(i)))
             with CheckpointStore(Path(folder) / text) as store:
                 store.save(2, to_layers(program.pipe, state))
+            print(f"{text} written", file=sys.stderr, flush=True)
             del state
         for column, program in enumerate(programs):
             like, (_, evaluate) = abstract_state(program), compiled[column]
@@ -68,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
                 state = from_layers(program.pipe, restored.state, like)
                 nats, tokens = evaluate(state.params, batch)
                 losses[row, column] = float(nats) / float(tokens)
+                print(f"{text} read on {args.meshes[column]}: {losses[row, column]:.7f}", file=sys.stderr, flush=True)
                 del restored, state
     print("written on      " + "".join(f"{text:>24}" for text in args.meshes))
     for text, row in zip(args.meshes, losses):

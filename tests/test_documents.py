@@ -15,7 +15,7 @@ from jaxlm.config import DataConfig, PipelineConfig, UserError
 from jaxlm.data.loader import Batch
 from jaxlm.feed import put_batch
 from jaxlm.generate import generate
-from jaxlm.session import attention_facts, open_mesh
+from jaxlm.session import kernel_facts, open_mesh
 from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads
 
 B, T, IDS = 8, 16, 30  # documents beside the one that counts have ids below IDS, that one has the others
@@ -127,7 +127,7 @@ def test_a_run_of_packed_rows_compiles_once_and_names_its_kernel() -> None:
     for _ in range(2):
         state, metrics = step(state, put_batch(program, packed()[0]))
     assert step._cache_size() == 1 and np.isfinite(float(metrics.loss))
-    assert attention_facts(program)["attention"].startswith("xla")
+    assert kernel_facts(program)["attention"].startswith("xla")
 
 
 @pytest.mark.parametrize("data", [dict(reset_at_eod=True), dict(packing="best_fit")])

@@ -106,6 +106,20 @@ def test_the_quickstart_trains_the_same_on_any_number_of_processes(folder):
 
 
 @pytest.mark.nightly
+def test_one_and_four_hosts_go_on_from_what_two_saved(folder):
+    four, eight = settings("train.num_steps=4"), settings("train.num_steps=8")
+    hosts = Hosts(folder, "two", *SHORT, *four, count=2, devices=4)
+    assert hosts.ends() == [0, 0], hosts.everything()
+    for name, count in (("one host", 1), ("four hosts", 4)):
+        shutil.copytree(folder / "two", folder / name)
+        hosts = Hosts(folder, name, *SHORT, *eight, count=count, devices=8 // count)
+        assert hosts.ends() == [0] * count and "resumes after step 4" in hosts.said(0), hosts.everything()
+    wanted = alone(folder, "never stopped", 8)
+    for name in ("one host", "four hosts"):
+        assert_close(losses(folder, name), wanted)
+
+
+@pytest.mark.nightly
 def test_hosts_that_differ_are_named_before_the_first_step(folder):
     odd = {2: settings("optim.peak_lr=3e-3", "data.split=0.9,0.1")}
     hosts = Hosts(folder, "odd", *SHORT, *ENDLESS, count=4, devices=2, each=odd)

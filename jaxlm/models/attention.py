@@ -37,8 +37,8 @@ class Attention(nnx.Module):
         self.out_bias = vector((D,), "channel", role="bias") if model.use_bias else None
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None, starts_BT: jax.Array | None = None) -> jax.Array:
-        """The branch's output, [B, T, D]. With a key, dropout on the attention weights is on; with the place where each
-        token's document starts in its row, a query sees keys of its own document only."""
+        """The branch's output before out_bias, [B, T, D]. With a key, dropout on the attention weights is on; with the place
+        where each token's document starts in its row, a query sees keys of its own document only."""
         q_BTNH, k_BSKH, v_BSKH = self.products.columns(x_BTD, self.query, self.key, self.value)
         q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
         v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         slopes_N = jnp.asarray(alibi_slopes(model.num_heads)) if model.position == "alibi" else None
         keep_BNTS = None if key is None else self._keep(q_BTNH.shape, key)
         context_BTNH = attend(layout, kernel, method, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS, starts_BT)
-        return add_bias(self.products.rows(context_BTNH, self.out), self.out_bias)
+        return self.products.rows(context_BTNH, self.out)
 
     def _keep(self, shape_BTNH: tuple[int, ...], key: jax.Array) -> jax.Array | None:
         """f32[B, N, T, S], what dropout multiplies the attention weights by; None without dropout.

@@ -6,13 +6,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.norm import Norm
+from jaxlm.models.norm import Norm, Stream
 from jaxlm.models.params import products, use, weight
 from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.random import keep_mask
 from jaxlm.parallel.rules import Layout
+
+# The gradient of learned positions, a sum over rows, makes XLA lay the whole residual stream out with rows innermost: on an
+# H100 that cost 6.4 of 76.3 ms a step at 124M in transposes.
+ROW_MAJOR = MemoryLayout((0, 1, 2))
 
 
 def padded_vocab(model: ModelConfig) -> int:
@@ -32,7 +38,7 @@ class Embedding(nnx.Module):
         self.positions = (
             weight(kp, (model.max_seq_len, D), "position embed", std=std, role="embedding") if learned else None
         )
-        self.norm = Norm(model, kind="layernorm") if model.embed_norm else None
+        self.norm = Norm(model, layout, kind="layernorm") if model.embed_norm else None
 
     def __call__(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
         """RESIDUAL. A token's position is counted from where its document starts in the row; with None, the row."""
@@ -50,7 +56,8 @@ class Embedding(nnx.Module):
                 index_BT = layout.constrain(first + jnp.arange(T) - starts_BT, ("batch", "residual"))
                 positions_TD = layout.constrain(table_TD[index_BT], RESIDUAL)
             x_BTD = layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = with_layout_constraint(x_BTD, ROW_MAJOR)
+        return x_BTD if self.norm is None else self.norm(Stream(x_BTD))[1]
 
 
 def dropout(

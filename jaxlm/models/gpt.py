@@ -14,27 +14,38 @@ from jaxlm.config import ModelConfig, remat_actions
 from jaxlm.models.attention import Attention
 from jaxlm.models.embed import Embedding, dropout, padded_vocab
 from jaxlm.models.mlp import MLP
-from jaxlm.models.norm import Norm
-from jaxlm.models.params import Parameter, use, weight
+from jaxlm.models.norm import Norm, Stream, choose_norm
+from jaxlm.models.params import Parameter, add_bias, array, use, weight
 from jaxlm.parallel.rules import Layout
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); each sum is formed by the norm that reads it, if that can."""
 
     def __init__(self, model: ModelConfig, key: jax.Array, layout: Layout):
         ka, km = jax.random.split(key)
         self.rate, self.layout = model.dropout, layout
-        self.attn_norm, self.mlp_norm = (Norm(model) for _ in range(2))
+        self.attn_norm, self.mlp_norm = (Norm(model, layout) for _ in range(2))
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
+        # what is kept, carried round a loop or sent to another stage is one array: the sum
+        whole = model.remat != "none" or model.scan_layers or layout.inside
+        self.waits = choose_norm(model, layout).kernel.adds and not whole
 
-    def __call__(self, x_BTD: jax.Array, key: jax.Array | None, starts_BT: jax.Array | None = None) -> jax.Array:
+    def __call__(self, stream: Stream, key: jax.Array | None, starts_BT: jax.Array | None = None) -> Stream:
         kw, ka, km = (None, None, None) if key is None else jax.random.split(key, 3)
-        y_BTD = self.attn(checkpoint_name(self.attn_norm(x_BTD), "attn_norm"), kw, starts_BT)
-        x_BTD = x_BTD + dropout(y_BTD, rate=self.rate, key=ka, layout=self.layout)
-        x_BTD = checkpoint_name(x_BTD, "attn_residual")
-        y_BTD = self.mlp(checkpoint_name(self.mlp_norm(x_BTD), "mlp_norm"))
-        return x_BTD + dropout(y_BTD, rate=self.rate, key=km, layout=self.layout)
+        x_BTD, normed_BTD = self.attn_norm(stream)
+        y_BTD = self.attn(checkpoint_name(normed_BTD, "attn_norm"), kw, starts_BT)
+        stream = self._plus(x_BTD, y_BTD, self.attn.out_bias, ka)
+        stream = stream._replace(x_BTD=checkpoint_name(stream.x_BTD, "attn_residual"))
+        x_BTD, normed_BTD = self.mlp_norm(stream)
+        return self._plus(x_BTD, self.mlp(checkpoint_name(normed_BTD, "mlp_norm")), self.mlp.down_bias, km)
+
+    def _plus(self, x_BTD: jax.Array, y_BTD: jax.Array, bias: Parameter | None, key: jax.Array | None) -> Stream:
+        """x + dropout(y + bias); the addition waits for the norm that follows where that does it in its own pass."""
+        stream = Stream(x_BTD, y_BTD, array(bias))
+        if key is not None and self.rate:
+            stream = Stream(x_BTD, dropout(add_bias(y_BTD, bias), rate=self.rate, key=key, layout=self.layout))
+        return stream if self.waits else Stream(stream.sum)
 
 
 class GPT(nnx.Module):
@@ -44,7 +55,7 @@ class GPT(nnx.Module):
         self.layout = layout
         self.embed = Embedding(model, ke, layout)
         self.layers = nnx.List([Block(model, block_key(key, i), layout) for i in range(model.num_layers)])
-        self.final_norm = Norm(model)
+        self.final_norm = Norm(model, layout)
         shape = (padded_vocab(model), model.embed_dim)
         self.head = (
             None if model.tie_embeddings else weight(kh, shape, "vocab embed", std=model.init_std, role="kernel")
@@ -64,7 +75,7 @@ class GPT(nnx.Module):
         block = rematerialised(lambda params, x, k: nnx.merge(graph, params)(x, k, starts_BT), self.model.remat)
         layers = [nnx.to_pure_dict(nnx.split(layer)[1]) for layer in self.layers]
         run = _scan if self.model.scan_layers else _unroll
-        return self.final_norm(run(block, layers, x_BTD, key))
+        return self.final_norm(run(block, layers, Stream(x_BTD), key))[1]
 
     @property
     def head_table(self) -> Parameter:
@@ -88,19 +99,19 @@ def init_block(model: ModelConfig, key: jax.Array, i: int | jax.Array, layout: L
     return nnx.to_pure_dict(nnx.split(Block(model, block_key(key, i), layout))[1])
 
 
-def _unroll(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+def _unroll(block: Callable, layers: list, stream: Stream, key: jax.Array | None) -> Stream:
     for i, params in enumerate(layers):
-        x_BTD = block(params, x_BTD, None if key is None else jax.random.fold_in(key, i))
-    return x_BTD
+        stream = block(params, stream, None if key is None else jax.random.fold_in(key, i))
+    return stream
 
 
-def _scan(block: Callable, layers: list, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-    def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+def _scan(block: Callable, layers: list, stream: Stream, key: jax.Array | None) -> Stream:
+    def body(stream: Stream, layer: tuple) -> tuple[Stream, None]:
         params, i = layer
-        return block(params, x_BTD, None if key is None else jax.random.fold_in(key, i)), None
+        return block(params, stream, None if key is None else jax.random.fold_in(key, i)), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return jax.lax.scan(body, x_BTD, (stacked, jnp.arange(len(layers))))[0]
+    return jax.lax.scan(body, stream, (stacked, jnp.arange(len(layers))))[0]
 
 
 def rematerialised(block: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:

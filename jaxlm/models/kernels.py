@@ -2,14 +2,14 @@
 """Kernels an operation can run on, in order of preference; each says whether it serves a call, and if not, why.
 
 A kernel named in the config is used or refused with its reason; `auto` takes the first that serves and reports the
-reasons of those it passed over. A kernel sees one device's arrays and knows no mesh: parallel/context.py brings rows
-together, whole or a block of keys at a time, and is where differentiation happens.
+reasons of those it passed over. Attention's are here, norm.py has its own. A kernel sees one device's arrays and knows no
+mesh: parallel/context.py brings rows together, whole or a block of keys at a time, and is where attention is differentiated.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # public jax runs its forward again under remat
 
 from jaxlm.config import ModelConfig, Problem, UserError
+from jaxlm.parallel.rules import Layout
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,38 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    kernel: Kernel
+    """A kernel, and why not those that `auto` would rather take."""
+
+    kernel: Any
     passed_over: tuple[str, ...]
 
     def __str__(self) -> str:
         return self.kernel.name + (f" ({'; '.join(self.passed_over)})" if self.passed_over else "")
+
+
+def choose(setting: str, named: str, kernels: Sequence[Any], *call: Any) -> Choice:
+    """The kernel called `named`, or for `auto` the first of `kernels` whose `refuses(*call)` gives no reason.
+
+    Raises: UserError if a named kernel refuses.
+    """
+    reasons = []
+    for kernel in (kernel for kernel in kernels if named in ("auto", kernel.name)):
+        reason = kernel.refuses(*call)
+        if reason is None:
+            return Choice(kernel, tuple(reasons))
+        reasons.append(f"not {kernel.name}: {reason}")
+    raise UserError(Problem(f"{setting}={named}", "; ".join(reasons), f"use {setting}=auto"))
+
+
+def triton_refuses(layout: Layout, named: str) -> str | None:
+    """Why a Pallas kernel that compiles by Triton does not serve here, or None. named: the setting that asks for it."""
+    device = layout.mesh.devices.flat[0]
+    major = str(getattr(device, "compute_capability", None)).partition(".")[0]  # of an NVIDIA GPU
+    if layout.platform == "gpu" and not (major.isdigit() and int(major) >= 8):
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not a {device.device_kind}"
+    if layout.platform != "gpu" and named == "auto":
+        return f"it is for NVIDIA GPUs; a {layout.platform} runs it interpreted, very slowly, where it is named"
+    return None
 
 
 def _grouped(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -181,12 +209,4 @@ def choose_attention(model: ModelConfig, platform: str, *, documents: bool, dete
 
     Raises: UserError if a named kernel refuses.
     """
-    reasons = []
-    for kernel in ATTENTION:
-        if model.attention not in ("auto", kernel.name):
-            continue
-        reason = kernel.refuses(model, platform, documents, deterministic)
-        if reason is None:
-            return Choice(kernel, tuple(reasons))
-        reasons.append(f"not {kernel.name}: {reason}")
-    raise UserError(Problem(f"model.attention={model.attention}", "; ".join(reasons), "use model.attention=auto"))
+    return choose("model.attention", model.attention, ATTENTION, model, platform, documents, deterministic)

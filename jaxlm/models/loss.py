@@ -8,12 +8,17 @@ summed is summed once, after the last chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import ModelConfig
+from jaxlm.models.kernels import Choice, choose, triton_refuses
+from jaxlm.models.softmax_kernel import softmax_terms
 from jaxlm.parallel.dense import RESIDUAL, gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import Value, gradient_of
@@ -28,6 +33,18 @@ class Settings(NamedTuple):
     vocab_size: int
     z_loss: float
     chunk_tokens: int
+    kernel: LossKernel
+
+
+@dataclass(frozen=True)
+class LossKernel:
+    """terms: (logits_NV, labels_N, weights_N, Settings, gradient: bool) -> (z_N, label_N, d objective / d logits in their
+      dtype or None): f32 log sum exp of a row and the logit of its label, of whole rows whichever share of V is here.
+    refuses: (model config, layout) -> None if it serves, else the reason."""
+
+    name: str
+    terms: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]
+    refuses: Callable[[ModelConfig, Layout], str | None]
 
 
 def cross_entropy_sums(
@@ -40,6 +57,7 @@ def cross_entropy_sums(
     vocab_size: int,
     z_loss: float = 0.0,
     chunk_tokens: int = 8192,
+    kernel: LossKernel | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed (not averaged) loss over weighted tokens: (objective, nats), both f32[].
 
@@ -51,10 +69,11 @@ def cross_entropy_sums(
       x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
       chunk_tokens: about how many tokens' logits exist at a time on a device.
+      kernel: of LOSS; None is XLA's.
 
     Source: z-loss, Chowdhery et al., arXiv:2204.02311, section 5.
     """
-    settings = Settings(layout, vocab_size, z_loss, chunk_tokens)
+    settings = Settings(layout, vocab_size, z_loss, chunk_tokens, kernel or XLA)
     return _sums(x_BTD, head_VD, labels_BT, weights_BT, settings)
 
 
@@ -95,9 +114,12 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
 
     def add(sums, chunk):
-        x_ND, _, _ = chunk
-        objective, nats, dlogits_NV = _chunk_terms(*chunk, head_VD, settings)
-        sums, dx_ND = [sums[0] + objective, sums[1] + nats, sums[2]], None
+        x_ND, labels_N, weights_N = chunk
+        logits_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD)
+        z_N, label_N, dlogits_NV = settings.kernel.terms(logits_NV, labels_N, weights_N, settings, gradient)
+        nats_N = weights_N * (z_N - label_N)
+        objective = (nats_N + settings.z_loss * weights_N * jnp.square(z_N)).sum()
+        sums, dx_ND = [sums[0] + objective, sums[1] + nats_N.sum(), sums[2]], None
         if gradient:
             dx_ND = jnp.einsum("nv,vd->nd", dlogits_NV, head_VD)
             sums[2] = sums[2] + jnp.einsum("nv,nd->vd", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
@@ -113,12 +135,11 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
     return objective, nats, dx_BTD, reduce_gradient(layout, dhead_VD, HEAD)
 
 
-def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(objective, nats, d objective / d logits in x's dtype) of one chunk; the logits are of this device's rows of V."""
-    vocab = settings.layout.split("vocab")
-    logits_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD).astype(jnp.float32)
-    index_V = jnp.arange(head_VD.shape[0]) + (jax.lax.axis_index(vocab) * head_VD.shape[0] if vocab else 0)
-    logits_NV = jnp.where(index_V < settings.vocab_size, logits_NV, -jnp.inf)
+def _xla_terms(logits_NV, labels_N, weights_N, settings: Settings, gradient: bool):
+    vocab, dtype = settings.layout.split("vocab"), logits_NV.dtype
+    index_V = jnp.arange(logits_NV.shape[1])
+    index_V = index_V + (jax.lax.axis_index(vocab) * logits_NV.shape[1] if vocab else 0)
+    logits_NV = jnp.where(index_V < settings.vocab_size, logits_NV.astype(jnp.float32), -jnp.inf)
     hit_NV = index_V == labels_N[:, None]
     top_N = jnp.maximum(logits_NV.max(-1), jnp.finfo(jnp.float32).min)  # finite, should these rows be padding alone
     sum_N = jnp.exp(logits_NV - top_N[:, None]).sum(-1)
@@ -128,11 +149,35 @@ def _chunk_terms(x_ND, labels_N, weights_N, head_VD, settings: Settings) -> tupl
         top_N, label_N = tops_SN.max(0), labels_SN.sum(0)
         sum_N = (sums_SN * jnp.exp(tops_SN - top_N)).sum(0)
     z_N = top_N + jnp.log(sum_N)
-    nats_N = weights_N * (z_N - label_N)
-    objective = (nats_N + settings.z_loss * weights_N * jnp.square(z_N)).sum()
+    if not gradient:
+        return z_N, label_N, None
     slope_N = 1 + 2 * settings.z_loss * z_N
     dlogits_NV = weights_N[:, None] * (jnp.exp(logits_NV - z_N[:, None]) * slope_N[:, None] - hit_NV)
-    return objective, nats_N.sum(), dlogits_NV.astype(x_ND.dtype)
+    return z_N, label_N, dlogits_NV.astype(dtype)
+
+
+def _pallas_terms(logits_NV, labels_N, weights_N, settings: Settings, gradient: bool):
+    return softmax_terms(
+        logits_NV, labels_N, weights_N, vocab_size=settings.vocab_size, z_loss=settings.z_loss, gradient=gradient,
+        interpret=settings.layout.platform != "gpu",
+    )  # fmt: skip
+
+
+def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
+    vocab = "*".join(layout.split("vocab"))
+    return f"the vocabulary is split over {vocab}" if vocab else triton_refuses(layout, model.loss_kernel)
+
+
+XLA = LossKernel("xla", _xla_terms, lambda *call: None)
+LOSS = (LossKernel("pallas", _pallas_terms, _pallas_refuses), XLA)
+
+
+def choose_loss(model: ModelConfig, layout: Layout) -> Choice:
+    """The kernel that model.loss_kernel names, or for `auto` the first of LOSS that serves.
+
+    Raises: UserError if a named kernel refuses.
+    """
+    return choose("model.loss_kernel", model.loss_kernel, LOSS, model, layout)
 
 
 def num_chunks(num_tokens: int, chunk_tokens: int) -> int:

@@ -1,30 +1,77 @@
 # Dims: B batch, T position, D model width.
-"""LayerNorm and RMSNorm, with statistics in float32."""
+"""The residual stream, and LayerNorm and RMSNorm over it, with statistics in float32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.models.params import vector
+from jaxlm.models import norm_kernel
+from jaxlm.models.kernels import Choice, choose, triton_refuses
+from jaxlm.models.params import add_bias, array, vector
+from jaxlm.parallel.dense import RESIDUAL
+from jaxlm.parallel.rules import Layout
+
+
+class Stream(NamedTuple):
+    """The residual stream, x + (y + bias): what the last branch made, and its bias, may not be added yet."""
+
+    x_BTD: jax.Array
+    y_BTD: jax.Array | None = None
+    bias_D: jax.Array | None = None
+
+    @property
+    def sum(self) -> jax.Array:
+        return self.x_BTD if self.y_BTD is None else self.x_BTD + add_bias(self.y_BTD, self.bias_D)
 
 
 class Norm(nnx.Module):
     """x / root-mean-square (after subtracting the mean: layernorm), times a scale, plus a bias if it has one."""
 
-    def __init__(self, model: ModelConfig, *, kind: str | None = None):
-        self.kind, self.eps = kind or model.norm, model.norm_eps
+    def __init__(self, model: ModelConfig, layout: Layout, *, kind: str | None = None):
+        self.model, self.layout, self.kind = model, layout, kind or model.norm
         self.scale = vector((model.embed_dim,), "channel", role="scale")
         biased = model.use_bias and self.kind == "layernorm"
         self.bias = vector((model.embed_dim,), "channel", role="bias") if biased else None
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        bias_D = None if self.bias is None else self.bias[...]
-        return _normalised(x_BTD, self.scale[...], bias_D, self.kind, self.eps)
+    def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
+        """(the stream's sum, its norm), both as RESIDUAL."""
+        kernel = choose_norm(self.model, self.layout).kernel
+        settings = Settings(self.layout, self.kind, self.model.norm_eps, stream.y_BTD is not None)
+        return kernel.run(stream, self.scale[...], array(self.bias), settings)
+
+
+class Settings(NamedTuple):
+    """What stays fixed in a run. adds: whether the stream has something to add."""
+
+    layout: Layout
+    kind: str
+    eps: float
+    adds: bool
+
+
+@dataclass(frozen=True)
+class NormKernel:
+    """run: (Stream, scale_D, bias_D, Settings) -> (the stream's sum, its norm), differentiable, over whole arrays.
+    adds: whether it adds and normalises in one pass, so that additions had better wait for it.
+    refuses: (model config, layout) -> None if it serves, else the reason."""
+
+    name: str
+    run: Callable[[Stream, jax.Array, jax.Array | None, Settings], Any]
+    adds: bool
+    refuses: Callable[[ModelConfig, Layout], str | None]
+
+
+def _xla(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, at: Settings) -> tuple[jax.Array, jax.Array]:
+    x_BTD = stream.sum
+    return x_BTD, _normalised(x_BTD, scale_D, bias_D, at.kind, at.eps)
 
 
 # of its own input alone the backward forms everything again: what it reads is x, not float32 copies of it
@@ -35,3 +82,58 @@ def _normalised(x_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, 
         y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt(jnp.square(y_BTD).mean(-1, keepdims=True) + eps) * scale_D
     return (y_BTD if bias_D is None else y_BTD + bias_D).astype(x_BTD.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _pallas(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, at: Settings) -> tuple[jax.Array, jax.Array]:
+    return _pallas_forward(stream, scale_D, bias_D, at)[0]
+
+
+def _pallas_forward(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, at: Settings) -> tuple[tuple, tuple]:
+    layout = at.layout
+    local = partial(norm_kernel.forward, kind=at.kind, eps=at.eps, interpret=layout.platform != "gpu")
+    x, row, vector = _specs(layout)
+    run = layout.on_mesh(local, (x, x, vector, vector, vector), (x, x, row, row))
+    s_BTD, normed_BTD, mean_BT, rstd_BT = run(*stream, scale_D, bias_D)
+    return (s_BTD, normed_BTD), (s_BTD, mean_BT, rstd_BT, scale_D, bias_D, stream.bias_D)
+
+
+def _pallas_backward(at: Settings, saved: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+    *read, scale_D, bias_D, y_bias_D = saved
+    layout, vectors = at.layout, dict(scale=scale_D, bias=bias_D, y_bias=y_bias_D)
+    wanted = tuple(name for name, leaf in vectors.items() if leaf is not None)
+    over = () if layout.inside else layout.split("batch", "residual")  # inside, finish_gradient adds them up
+
+    def local(*operands: jax.Array) -> tuple[jax.Array, dict]:
+        dx_BTD, sums = norm_kernel.backward(*operands, wanted=wanted, interpret=layout.platform != "gpu")
+        return dx_BTD, jax.lax.psum(sums, over) if over else sums
+
+    x, row, vector = _specs(layout)
+    dx_BTD, sums = layout.on_mesh(local, (x, x, x, row, row, vector), (x, vector))(*cotangents, *read, scale_D)
+    dstream = Stream(dx_BTD, dx_BTD if at.adds else None, sums.get("y_bias"))
+    return dstream, sums["scale"], sums.get("bias")
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
+
+
+def _specs(layout: Layout) -> tuple[Any, Any, Any]:
+    """Where the stream, a number of each row of it, and vectors of the model width lie."""
+    return layout.spec(RESIDUAL), layout.spec(RESIDUAL[:2]), layout.spec(("channel",))
+
+
+def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
+    if model.embed_dim > norm_kernel.WIDEST:
+        return f"width {model.embed_dim} is above {norm_kernel.WIDEST}: a row would not fit one program's registers"
+    return triton_refuses(layout, model.norm_kernel)
+
+
+NORM = (NormKernel("pallas", _pallas, True, _pallas_refuses), NormKernel("xla", _xla, False, lambda *call: None))
+
+
+def choose_norm(model: ModelConfig, layout: Layout) -> Choice:
+    """The kernel that model.norm_kernel names, or for `auto` the first of NORM that serves.
+
+    Raises: UserError if a named kernel refuses.
+    """
+    return choose("model.norm_kernel", model.norm_kernel, NORM, model, layout)

@@ -34,6 +34,10 @@ def vector(shape: tuple[int, ...], dims: str, *, role: Literal["scale", "bias"])
     )
 
 
+def array(param: Parameter | None) -> jax.Array | None:
+    return None if param is None else param[...]
+
+
 def use(param: Parameter, dtype: str, layout: Layout) -> jax.Array:
     """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
     if layout.inside:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.models.embed import Embedding, dropout
 from jaxlm.models.gpt import Block, rematerialised
-from jaxlm.models.norm import Norm
+from jaxlm.models.norm import Norm, Stream
 from jaxlm.parallel.pipeline import Parts
 from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.stages import Stages
@@ -64,12 +64,12 @@ class Pieces:
         mine = jnp.asarray(self.stages.layers())[:, jax.lax.axis_index(self.layout.split("stage")), repeat]
         for j in range(self.stages.num_slots):
             key = None if keys_M is None else jax.random.fold_in(keys_M[m], mine[j])
-            y_BTD = block(slots[j], x_BTD, key)
+            y_BTD = block(slots[j], Stream(x_BTD), key).sum
             x_BTD = y_BTD if self.stages.is_even else jnp.where(mine[j] >= 0, y_BTD, x_BTD)
         return x_BTD
 
     def _last(self, labels_MBT: jax.Array, weights_MBT: jax.Array, ends: dict, x_BTD: jax.Array, m: jax.Array) -> tuple:
-        x_BTD = nnx.merge(_graph(lambda: Norm(self.model)), ends["final_norm"])(x_BTD)
+        x_BTD = nnx.merge(_graph(lambda: Norm(self.model, self.layout)), ends["final_norm"])(Stream(x_BTD))[1]
         head_VD = ends["head"] if "head" in ends else ends["embed"]["tokens"]
         return self.loss(x_BTD, head_VD, labels_MBT[m], weights_MBT[m])
 

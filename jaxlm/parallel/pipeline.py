@@ -68,8 +68,11 @@ def loss(schedule: Schedule, axis: str, parts: Parts, weights: Any, ends: Any) -
         y = switch(item.repeat, branches, x)
         left = schedule.forward(schedule.stages - 1, t)
         done = left.on & (left.repeat == schedule.repeats - 1)
-        more = run.when(done, lambda y: parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], y)
-        return (run.send(y, 1), report + jnp.where(done, more, 0)), None
+
+        def top(report: jax.Array, y: jax.Array) -> jax.Array:
+            return report + jnp.where(done, parts.last(ends, run.from_stage(-1, y), left.microbatch)[1], 0)
+
+        return (run.send(y, 1), run.when(done, top, report, y)), None
 
     zero = jnp.zeros(jax.eval_shape(parts.first, ends, 0).shape, jax.eval_shape(parts.first, ends, 0).dtype)
     return jax.lax.scan(tick, (zero, jnp.zeros((), jnp.float32)), jnp.arange(schedule.forward_ticks))[0][1]
@@ -131,32 +134,34 @@ class _Run:
         item, leaving = schedule.backward(self.stage, t), schedule.backward(last_stage, t)
         slot = schedule.forward_index(item) % schedule.num_slots
 
-        def top(y: jax.Array) -> tuple:
-            y = self.from_stage(0, y) if just_left else self.from_stage(-1, y)
-            (objective, report), back = jax.vjp(lambda ends, y: parts.last(ends, y, leaving.microbatch), self.ends, y)
+        def top(sums: tuple) -> tuple:
+            report, dends, dy = sums
+            just_left = schedule.first_backward == schedule.repeats * schedule.stages
+            if just_left:  # and came round to the first stage
+                y = self.from_stage(0, carry.y)
+            else:
+                y = self.from_stage(-1, jax.lax.dynamic_index_in_dim(slots[0], slot, 0, keepdims=False))
+            (objective, more), back = jax.vjp(lambda ends, y: parts.last(ends, y, leaving.microbatch), self.ends, y)
             on = leaving.on.astype(objective.dtype)
-            return report * on, gradients(back((on, jnp.zeros_like(report))))
+            more_dends, dy_top = gradients(back((on, jnp.zeros_like(more))))
+            return report + more * on, _add(dends, more_dends), jnp.where(self.stage == last_stage, dy_top, dy)
 
-        just_left = schedule.first_backward == schedule.repeats * schedule.stages  # and came round to the first stage
-        y = carry.y if just_left else jax.lax.dynamic_index_in_dim(slots[0], slot, 0, keepdims=False)
-        more, (dends_top, dy_top) = self.when(leaving.repeat == schedule.repeats - 1, top, y)
-        dy = jnp.where((self.stage == last_stage) & (item.repeat == schedule.repeats - 1), dy_top, dy)
+        report, dends, dy = self.when(leaving.repeat == schedule.repeats - 1, top, (report, dends, dy))
 
         def down(r: int, kept: list, dweights: list, dy: jax.Array) -> tuple[list, jax.Array]:
             pull = self.linear(self.weights[r], jnp.zeros_like(dy), item.microbatch, r)[1]
             dw, dx = pull(kept, dy)
-            return [*dweights[:r], jax.tree.map(jnp.add, dweights[r], gradients(dw)), *dweights[r + 1 :]], dx
+            return [*dweights[:r], _add(dweights[r], gradients(dw)), *dweights[r + 1 :]], dx
 
         dweights, dx = ring(schedule).backward(slots, slot, down, dweights, jnp.where(item.on, dy, 0))
         entered = schedule.backward(0, t)
 
-        def bottom(dx: jax.Array) -> Any:
+        def bottom(dends: Any, dx: jax.Array) -> Any:
             dx = self.from_stage(0, jnp.where(entered.on, dx, 0))
-            return gradients(jax.vjp(lambda ends: parts.first(ends, entered.microbatch), self.ends)[1](dx)[0])
+            back = jax.vjp(lambda ends: parts.first(ends, entered.microbatch), self.ends)[1]
+            return _add(dends, gradients(back(dx)[0]))
 
-        dends_bottom = self.when(entered.repeat == 0, bottom, dx)
-        dends = jax.tree.map(lambda a, b, c: a + b + c, dends, dends_top, dends_bottom)
-        return dx, (report + more, dweights, dends)
+        return dx, (report, dweights, self.when(entered.repeat == 0, bottom, dends, dx))
 
     def forward(self, microbatch: Any, repeat: int, x: jax.Array) -> jax.Array:
         return self.parts.stage(self.weights[repeat], x, microbatch, repeat)
@@ -190,14 +195,19 @@ class _Run:
         """x of one stage, on all of them."""
         return jax.lax.psum(jnp.where(self.stage == stage % self.schedule.stages, x, 0), self.axis)
 
-    def when(self, needed: jax.Array, function: Callable, x: jax.Array) -> Any:
-        """function(x), or zeros where the tick does not need it: the same on every stage. Always needed if R = 1."""
+    def when(self, needed: jax.Array, function: Callable, *args: Any) -> Any:
+        """function(*args), whose result is as its first argument; that argument where the tick does not need it: the same on
+        every stage. Always needed if R = 1."""
         if self.schedule.repeats == 1:
-            return function(x)
-        return jax.lax.cond(needed, function, lambda x: self._like(jax.eval_shape(function, x)), x)
+            return function(*args)
+        return jax.lax.cond(needed, function, lambda *args: args[0], *args)
 
     def _like(self, shapes: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _add(sums: Any, more: Any) -> Any:
+    return jax.tree.map(jnp.add, sums, more)
 
 
 def _by_repeat(schedule: Schedule, weights: Any) -> list:

@@ -1,5 +1,6 @@
 """The model computes what its papers define, however its layers are run and whatever its backward keeps."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,11 +11,13 @@ import tiny
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from jaxlm.config import REMAT_NAMES, Config, ModelConfig, derived
+from jaxlm.config import REMAT_NAMES, Config, ModelConfig, UserError, derived
+from jaxlm.models import softmax_kernel
 from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
 from jaxlm.models.kernels import choose_attention
-from jaxlm.models.loss import cross_entropy_sums, num_chunks
+from jaxlm.models.loss import LOSS, choose_loss, cross_entropy_sums, num_chunks
+from jaxlm.models.norm import Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
 from jaxlm.parallel.context import attend
@@ -111,7 +114,7 @@ def test_initial_weights_have_the_published_spread():
 def test_every_remat_name_is_emitted_and_documented(family):
     m = tiny.config(family).model
     block = Block(m, jax.random.key(0), tiny.layout())
-    forward_and_backward = jax.grad(lambda x: block(x, None).sum())  # as rematerialisation sees them: attention's own
+    forward_and_backward = jax.grad(lambda x: block(Stream(x), None).sum.sum())  # as remat sees them: attention's own
     jaxpr = jax.make_jaxpr(forward_and_backward)(jnp.zeros((2, 16, m.embed_dim)))
 
     def names_in(jaxpr):
@@ -175,9 +178,12 @@ def full_logits_sums(x, head, labels, weights, vocab_size, z_loss):
     return (nats + z_loss * weights * z**2).sum(), nats.sum()
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 32, 10**6])
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_chunked_loss_and_gradient_equal_full_logits(chunk_tokens, z_loss):
+@pytest.mark.parametrize(
+    "chunk_tokens, z_loss, kernel", [(1, 0.0, "xla"), (32, 0.01, "xla"), (10**6, 0.01, "xla"), (32, 0.01, "pallas")]
+)
+def test_chunked_loss_and_gradient_equal_full_logits(chunk_tokens, z_loss, kernel, monkeypatch):
+    monkeypatch.setattr(softmax_kernel, "TILE", 16)  # four tiles, the last of which the vocabulary does not fill
+    kernel = next(k for k in LOSS if k.name == kernel)
     c = tiny.config()
     b = tiny.batch(c)
     kx, kh = jax.random.split(jax.random.key(1))
@@ -185,7 +191,8 @@ def test_chunked_loss_and_gradient_equal_full_logits(chunk_tokens, z_loss):
 
     def ours(x, head):
         return cross_entropy_sums(
-            x, head, b.labels, b.weights, layout=tiny.layout(), vocab_size=61, z_loss=z_loss, chunk_tokens=chunk_tokens
+            x, head, b.labels, b.weights, layout=tiny.layout(), vocab_size=61, z_loss=z_loss, chunk_tokens=chunk_tokens,
+            kernel=kernel,
         )  # fmt: skip
 
     def full(x, head):
@@ -199,3 +206,19 @@ def test_chunked_loss_and_gradient_equal_full_logits(chunk_tokens, z_loss):
             assert np.linalg.norm(got - want) <= 128 * 2**-24 * np.linalg.norm(want)
     np.testing.assert_array_equal(go[1][61:], 0)  # padding rows of the head learn nothing
     np.testing.assert_allclose(ours(x, head), (lf / scale, nf), rtol=128 * 2**-24)  # without differentiation
+
+
+def test_the_loss_kernel_is_taken_or_refused_with_its_reason():
+    model = tiny.config().model
+    named = dataclasses.replace(model, loss_kernel="pallas")
+    assert str(choose_loss(model, tiny.layout())).startswith("xla (not pallas: it is for NVIDIA GPUs")
+    assert str(choose_loss(named, tiny.layout())) == "pallas"
+    with pytest.raises(UserError, match="the vocabulary is split over model"):
+        choose_loss(named, tiny.layout(2, model=2))
+
+
+def test_the_residual_is_laid_out_by_rows():
+    """Or XLA may turn it round on a GPU: embed.ROW_MAJOR."""
+    c = tiny.config()
+    model = GPT(c.model, jax.random.key(0), tiny.layout())
+    assert "layout_constraint" in str(jax.make_jaxpr(model.hidden)(tiny.batch(c).tokens))

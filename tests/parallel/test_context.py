@@ -16,7 +16,7 @@ from jaxlm.models.position import alibi_slopes
 from jaxlm.parallel.context import attend, choose_context
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import RULES, Layout, Rule
-from jaxlm.session import attention_facts
+from jaxlm.session import kernel_facts
 from jaxlm.step import make_program
 
 XLA = next(kernel for kernel in ATTENTION if kernel.name == "xla")
@@ -211,8 +211,8 @@ def test_a_method_that_does_not_serve_is_refused_with_its_reason(method, model, 
 
 def test_the_runs_facts_name_the_method_only_where_rows_are_split():
     c = tiny.config("llama")
-    split, whole = (attention_facts(make_program(c, tiny.layout(4, **mesh))) for mesh in (dict(data=1, context=4), {}))
-    assert whole == {"attention": "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"}
+    split, whole = (kernel_facts(make_program(c, tiny.layout(4, **mesh))) for mesh in (dict(data=1, context=4), {}))
+    assert whole["attention"] == "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)" and "context" not in whole
     assert split == whole | {"context": NOT.format("6 heads / model=1")}
 
 

@@ -1,0 +1,88 @@
+# Dims: N tokens, V vocabulary, W columns of a tile.
+"""Cross entropy of logits and its gradient in one kernel: each row is read from memory once and its gradient written once.
+
+A program has a row: tiles of W columns are read for the greatest logit and the sum of exponentials, kept as they run; then
+read again, from the cache that still holds them, for the gradient, which takes the logits' place.
+
+Source: Milakov and Gimelshein, arXiv:1805.02867, for the sum that runs with its maximum.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+TILE, WARPS = 4096, 8
+
+
+def softmax_terms(
+    logits_NV: jax.Array,
+    labels_N: jax.Array,
+    weights_N: jax.Array,
+    *,
+    vocab_size: int,
+    z_loss: float,
+    gradient: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(z_N, label_N, dlogits_NV): log sum exp and the label's logit, f32, and the gradient of loss.py's objective, or None.
+
+    dlogits = w (softmax (1 + 2 z_loss z) - one_hot), in the logits' dtype and place. Columns >= vocab_size count as -inf.
+    """
+    N, V = logits_NV.shape
+    W = min(TILE, pl.next_power_of_2(V))
+    row = jax.ShapeDtypeStruct((N,), jnp.float32)
+    z_N, label_N, *dlogits = pl.pallas_call(
+        partial(_row, V=V, W=W, vocab_size=vocab_size, z_loss=z_loss),
+        grid=(N,),
+        out_shape=(row, row, *(gradient * [jax.ShapeDtypeStruct((N, V), logits_NV.dtype)])),
+        input_output_aliases={0: 2} if gradient else {},
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="cross_entropy",
+    )(logits_NV, labels_N, weights_N)
+    return z_N, label_N, dlogits[0] if gradient else None
+
+
+def _row(
+    logits: Any, labels: Any, weights: Any, z_out: Any, label_out: Any, dlogits: Any = None,
+    *, V: int, W: int, vocab_size: int, z_loss: float,
+) -> None:  # fmt: skip
+    n = pl.program_id(0)
+    num_tiles = pl.cdiv(V, W)
+
+    def tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(columns, their logits) of tile i."""
+        columns_W = i * W + jnp.arange(W)
+        x_W = triton.load(logits.at[n, pl.ds(i * W, W)], mask=columns_W < vocab_size, other=-jnp.inf)
+        return columns_W, x_W.astype(jnp.float32)
+
+    def add(i: jax.Array, running: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        top, total = running
+        _, x_W = tile(i)
+        higher = jnp.maximum(top, x_W.max())
+        return higher, total * jnp.exp(top - higher) + jnp.exp(x_W - higher).sum()
+
+    label, weight = triton.load(labels.at[n]), triton.load(weights.at[n])
+    own = triton.load(logits.at[n, label]).astype(jnp.float32)  # before the loop, whose sums keep the warps together
+    start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+    top, total = jax.lax.fori_loop(0, num_tiles, add, start)
+    z = top + jnp.log(total)
+    triton.store(z_out.at[n], z)
+    triton.store(label_out.at[n], own)
+    slope = 1 + 2 * z_loss * z
+
+    if dlogits is None:
+        return
+
+    def write(i: jax.Array, _: None) -> None:
+        columns_W, x_W = tile(i)
+        dx_W = weight * (jnp.exp(x_W - z) * slope - (columns_W == label).astype(jnp.float32))
+        triton.store(dlogits.at[n, pl.ds(i * W, W)], dx_W.astype(dlogits.dtype), mask=columns_W < V)
+
+    jax.lax.fori_loop(0, num_tiles, write, None)
