@@ -151,18 +151,6 @@ def _check_mesh(config: Config, rule: Any) -> None:
         f"does not fit pipeline.schedule={schedule}",
         "circular repeats 2 times or more, gpipe once, 1f1b as often as you like",
     )
-    rule(
-        config.mesh.pipeline == 1 or config.optim.name != "adafactor",
-        "optim.name",
-        "factors each layer's second moments, which a pipeline keeps stacked by stage",
-        "use adamw, lion or muon, or set mesh.pipeline=1",
-    )
-    rule(
-        config.mesh.pipeline == 1 or "=offload" not in config.model.remat,
-        "model.remat",
-        "a pipeline keeps what its forwards made on the device",
-        "use name=keep, or set mesh.pipeline=1",
-    )
 
 
 def _check_run(config: Config, rule: Any) -> None:

@@ -104,7 +104,7 @@ class PipelineConfig:
     microbatches: int = setting(0, "pieces of a batch that follow one another through the stages (0: 4 a stage)")
     repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
     in_place: bool = setting(
-        False, "with 1f1b: activations are kept where they are made, not copied; compiles several times as long"
+        False, "with 1f1b: activations are kept where they are made, not copied; compiles twice as long"
     )
     stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
 

@@ -87,6 +87,10 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     need(min(counts) >= 0, given, "has a negative count", "use 0 or more")
     need(len(counts) == P * R, given, f"is not one count for each of {P * R} virtual stages", f"give {P * R} counts")
     need(sum(counts) == model.num_layers, given, f"does not add up to {layers}", "change a count")
+    stacked = "factors each layer's second moments, which a pipeline keeps stacked by stage"
+    need(config.optim.name != "adafactor", "optim.name=adafactor", stacked, "use adamw, lion or muon")
+    on_device = "a pipeline keeps what its forwards made on the device"
+    need("=offload" not in model.remat, f"model.remat={model.remat}", on_device, "use name=keep")
     if problems:
         raise UserError(*problems)
     return Schedule(settings.schedule, P, M, R, settings.in_place), Stages(P, R, tuple(counts))

@@ -34,7 +34,7 @@ from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.multihost import CPU_THREADS, visible_gpus
 from jaxlm.parallel.rules import Layout
-from jaxlm.pipelined import from_layers, to_layers
+from jaxlm.pipelined import from_layers, plan_stages, to_layers
 from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
 from jaxlm.step import Program, abstract_state, chosen_kernels, make_program
 
@@ -65,7 +65,7 @@ def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None])
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     """The layout of `config` over `devices` (None: all), before any data is read.
 
-    Raises: UserError if a GPU is there that jax can't use, or mesh, batch, attention kernel or way of
+    Raises: UserError if a GPU is there that jax can't use, or mesh, batch, kernels, pipeline or way of
       splitting rows do not fit the devices.
     """
     check_accelerator()
@@ -92,6 +92,8 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
             f"use train.accumulate={max(fits, key=lambda a: -abs(a - train.accumulate))}" if fits else f"use {batch}"
         )
         raise UserError(Problem(f"train.batch_size={train.batch_size}", text, remedy))
+    if (stages := layout.mesh.shape["pipeline"]) > 1:
+        plan_stages(config, num_stages=stages, num_row_shards=shards)
     return layout
 
 

@@ -25,7 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.config import MESH_AXES, Config, MeshConfig, PipelineConfig, Problem, UserError
+from jaxlm.checks import check, ignored
+from jaxlm.config import MESH_AXES, Config, MeshConfig, Problem, UserError
 from jaxlm.data.corpus import open_corpus, training_loader
 from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
@@ -60,21 +61,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def apply(config: Config, text: str) -> Config:
-    """`config` with what `text` says of its mesh, its pipeline and its batch."""
+    """`config` with what `text` says of its mesh, its pipeline and its batch. Raises UserError as resolving does."""
     parts = {} if text == "one" else dict(part.split("=") for part in text.split(","))
     sections: dict[str, Any] = dict(
-        mesh=MeshConfig(data=1), pipeline=PipelineConfig(), train=config.train, model=config.model
+        mesh=MeshConfig(data=1), pipeline=config.pipeline, train=config.train, model=config.model
     )
     said = {"true": True, "false": False}
     for key, value in parts.items():
-        homes = [name for name, section in sections.items() if key in {f.name for f in dataclasses.fields(section)}]
+        homes = _homes(sections, key)
         if not homes:
             raise UserError(Problem(f"--meshes {text}", f"no axis or setting {key}", f"axes: {', '.join(MESH_AXES)}"))
         home = homes[0]
         sections[home] = dataclasses.replace(
             sections[home], **{key: int(value) if value.isdigit() else said.get(value, value)}
         )
-    return dataclasses.replace(config, **sections)
+    made = dataclasses.replace(config, **sections)
+    if problems := [*check(made), *ignored(made, [f"{home}.{key}" for key in parts for home in _homes(sections, key)])]:
+        raise UserError(*problems)
+    return made
+
+
+def _homes(sections: dict[str, Any], key: str) -> list[str]:
+    return [name for name, section in sections.items() if key in {f.name for f in dataclasses.fields(section)}]
 
 
 def measure(config: Config, corpus, text: str, steps: int) -> dict:

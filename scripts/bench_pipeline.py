@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     for schedule in args.schedules:
         for M in args.microbatches:
             R = args.repeats if schedule == "circular" else 1
-            mesh = f"pipeline={args.stages},schedule={schedule},microbatches={M},repeats={R},batch_size={M * args.rows}"
+            rows = f"batch_size={M * args.rows},accumulate=1"
+            mesh = f"pipeline={args.stages},schedule={schedule},microbatches={M},repeats={R},{rows}"
             cases[mesh] = dict(schedule=schedule, microbatches=M, repeats=R)
     with tempfile.TemporaryDirectory() as folder:
         corpus = open_corpus(config, Path(folder), lambda _: None)

@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,10 +17,12 @@ import tiny
 from test_memory import abstract_batch
 
 from jaxlm import pipelined
+from jaxlm import step as step_module
 from jaxlm.checkpoint.layout import name_leaves
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import PipelineConfig, UserError
 from jaxlm.feed import put_batch
+from jaxlm.models.pieces import Pieces
 from jaxlm.parallel.pipeline import _Run
 from jaxlm.parallel.schedule import Schedule
 from jaxlm.parallel.stages import Stages, by_slot
@@ -118,10 +121,16 @@ def test_every_schedule_with_every_axis_gives_the_one_device_numbers(one_device,
     check(one_device, c, S * int(np.prod(list(other.values()))), pipeline=S, **other)
 
 
+def everything(**pipeline):
+    """Dropout, z-loss, rematerialisation, accumulation, uneven stages and repeats at once."""
+    model = dict(dropout=0.2, remat="query=keep,mlp_up=keep")
+    cut = dict(layers=5, repeats=2, stage_layers=(1, 2, 1, 1), accumulate=2, microbatches=4)
+    return tiny.replace(config("gpt2", schedule="1f1b", model=model, **cut, **pipeline), train=dict(z_loss=0.1))
+
+
 def test_dropout_and_recomputation_are_those_of_one_device(one_device):
     """Masks are a function of layer, microbatch and place: no schedule, mesh or remat changes them."""
-    c = config("gpt2", schedule="1f1b", microbatches=4, model=dict(dropout=0.2, remat="query=keep,mlp_up=keep"))
-    check(one_device, c, 8, pipeline=2, context=2, model=2)
+    check(one_device, everything(), 8, pipeline=2, context=2, model=2)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -216,17 +225,25 @@ MUTATIONS = {
     "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(
         x, run.axis, [(s, (s - step) % 4) for s in range(4)])),
     "residuals of another tick": (Schedule, "forward_index", lambda self, item: item.index + 1),
+    "a loss without its z-term": (pipelined, "_parts", lambda pipe, micro, data_M, z_loss: PARTS(
+        pipe, micro, data_M, 0.0)),
+    "one accumulation step's dropout in all": (step_module, "loss_and_grads", lambda *args: LOSS_AND_GRADS(
+        *args[:5], jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(2 * jnp.arange(4)), args[6])),
+    "layers of the first repeat in all": (Pieces, "_stage", lambda self, starts, keys, slots, x, m, repeat: STAGE(
+        self, starts, keys, slots, x, m, 0)),
 }  # fmt: skip
+PARTS, LOSS_AND_GRADS, STAGE = pipelined._parts, step_module.loss_and_grads, Pieces._stage
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_parity_check_sees_a_broken_pipeline(one_device, monkeypatch, mutation):
-    c = config("gpt2", schedule="1f1b", microbatches=4)
+    small = list(MUTATIONS).index(mutation) < 4
+    c = config("gpt2", schedule="1f1b", microbatches=4) if small else everything()
     one_device(c)  # made whole before anything is broken
     monkeypatch.setattr(*MUTATIONS[mutation])
     with pytest.raises(AssertionError):
-        check(one_device, c, 8, pipeline=4, data=2)
+        check(one_device, c, 8, **(dict(pipeline=4, data=2) if small else dict(pipeline=2, context=2, model=2)))
 
 
 @pytest.mark.nightly

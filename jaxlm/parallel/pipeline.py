@@ -197,7 +197,7 @@ class _Run:
 
     def when(self, needed: jax.Array, function: Callable, *args: Any) -> Any:
         """function(*args), whose result is as its first argument; that argument where the tick does not need it: the same on
-        every stage. Always needed if R = 1."""
+        every stage. With R = 1 few ticks do not, and it is done in all."""
         if self.schedule.repeats == 1:
             return function(*args)
         return jax.lax.cond(needed, function, lambda *args: args[0], *args)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,9 @@ import jax.numpy as jnp
 from jaxlm.parallel.schedule import Schedule
 
 
-class Ring(Protocol):
-    def start(self, kept: list) -> Any:
-        """Slots of zeros for arrays of these shapes."""
-
-    def forward(
-        self, slots: Any, slot: Any, up: Callable[[int, jax.Array], list], x: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        """(slots with up(repeat, x) put into `slot`, its first array)."""
-        ...
-
-    def backward(self, slots: Any, slot: Any, down: Callable, *args: Any) -> Any:
-        """down(repeat, what lies in `slot`, *args)."""
-
-
-def ring(schedule: Schedule) -> Ring:
+def ring(schedule: Schedule) -> Copies | InPlace:
+    """start: (arrays) -> slots of zeros shaped as these.   forward: (slots, slot, up, x) -> (slots with up(repeat, x) put
+    into `slot`, the first array of that).   backward: (slots, slot, down, *args) -> down(repeat, what is in `slot`, *args)."""
     return InPlace(schedule) if schedule.in_place else Copies(schedule)
 
 
