@@ -93,7 +93,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_gpus() -> Iterator[Finding]:
-    gpus, devices = visible_gpus(), jax.local_devices()
+    gpus, devices = len(visible_gpus()), jax.local_devices()
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,ecc.errors.uncorrected.volatile.total"]
     try:
         asked = subprocess.run(
@@ -123,7 +123,7 @@ def check_gpus() -> Iterator[Finding]:
 
 def check_host() -> Iterator[Finding]:
     shm, soft = shutil.disk_usage("/dev/shm"), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    small = visible_gpus() > 1 and shm.total < SMALL_SHM_BYTES
+    small = len(visible_gpus()) > 1 and shm.total < SMALL_SHM_BYTES
     remedy = "NCCL talks between GPUs through it: docker run --shm-size=16g, or an emptyDir with medium: Memory"
     yield judged("/dev/shm", f"{bytes_text(shm.free)} free of {bytes_text(shm.total)}", fix=remedy if small else "")
     yield judged("files", f"{soft:,} may be open", warning="ulimit -n 65536" if 0 <= soft < FEW_FILES else "")
@@ -154,7 +154,7 @@ def check_numbers() -> Iterator[Finding]:
 
 def reference_losses(devices: Sequence[Any]) -> list[float]:
     model = ModelConfig(vocab_size=61, vocab_multiple=16, num_layers=2, embed_dim=32, num_heads=4, max_seq_len=16)
-    train = TrainConfig(num_steps=3, batch_size=8 * max(1, len(devices) // 8), loss_chunk_tokens=64)
+    train = TrainConfig(num_steps=3, batch_size=8 * len(devices), loss_chunk_tokens=64)
     config = derived(
         Config(model, MeshConfig(), train=train, optim=OptimConfig(peak_lr=1e-2), data=DataConfig(train=("",)))
     )

@@ -3,14 +3,12 @@
 Each line of output comes with the number of its process, and stays in a file for each. When one process fails the others
 are ended, and what the first said last is said again at the end. SIGTERM and Ctrl-C go to all of them, once. With
 --max-restarts a gang that failed is started again, later each time, until three starts have brought no newer checkpoint.
-
-Of several hosts, each runs this command with its --host and the same --coordinator, and process numbers go on from host
-to host; a restart then waits for the other hosts' restarts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -33,8 +31,10 @@ from jaxlm.settings import Parser, run_main
 FINAL = (0, Exit.SETUP, Exit.DIVERGED, Exit.PREEMPTED, Exit.INTERRUPTED)
 IN_VAIN = 3  # restarts without a newer checkpoint
 LAST_LINES = 20
-GRACE_S = 5.0  # that the others of a gang have to notice by themselves, and to end when told
-BACK_OFF_S, MOST_S = 1.0, 60.0
+ORDERLY = (0, *Exit)
+GRACE_S = 5.0  # that the others have where one died: to notice by themselves, and to end when told
+COMMIT_S = 300.0  # that they have where one ended in order: a commit may be under way
+BACK_OFF_S = 1.0
 
 
 class Child:
@@ -67,7 +67,7 @@ class Launch:
     def __init__(self, command: Sequence[str], args: argparse.Namespace):
         self._command, self._args = list(command), args
         self._children: list[Child] = []
-        self._told: int | None = None
+        self._told, self._awake = None, threading.Event()
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,16 +82,16 @@ class Launch:
             if in_vain > IN_VAIN:
                 _say(f"{IN_VAIN} restarts brought no checkpoint newer than step {before}: not started again")
                 return code
-            wait_s = min(BACK_OFF_S * 2**in_vain, MOST_S)
+            wait_s = BACK_OFF_S * 2**in_vain
             restarts += 1
             _say(f"ended with {code}; restart {restarts} of {self._args.max_restarts} in {wait_s:.0f} s")
-            time.sleep(wait_s)
+            self._awake.wait(wait_s)
             if self._told is not None:
                 return code
 
     def _once(self, restarts: int) -> int:
         """Starts the gang and waits for its end. Returns 0, or the exit code of the process that failed first."""
-        address = self._args.coordinator or f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self._children = [self._start(i, address, restarts) for i in range(self._args.processes)]
         if self._told is not None:
             self._signal(self._told)
@@ -100,9 +100,11 @@ class Launch:
             ended = [child for child in self._children if child not in running]
             for child in ended:
                 child.ended_s = child.ended_s or time.monotonic()
-            failed = [c.ended_s for c in ended if c.process.returncode not in (0, Exit.PREEMPTED, Exit.INTERRUPTED)]
-            if failed and time.monotonic() - min(failed) > GRACE_S:
-                self._signal(signal.SIGKILL)
+            failed = [child for child in ended if child.process.returncode]
+            waits = [c.ended_s + (COMMIT_S if c.process.returncode in ORDERLY else GRACE_S) for c in failed]
+            if waits and time.monotonic() > min(waits):
+                self._kill()
+        self._kill()  # what the command may have left behind would hold our pipe
         for child in self._children:
             child.reader.join()
         return self._outcome()
@@ -122,12 +124,9 @@ class Launch:
 
     def _start(self, index: int, address: str, restarts: int) -> Child:
         args = self._args
-        number, count = args.host * args.processes + index, args.hosts * args.processes
-        env = dict(
-            os.environ, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(number)
-        )
-        env["PYTHONUNBUFFERED"] = "1"
-        gpus, each = visible_gpus(), args.devices_per_process
+        env = dict(os.environ, JAX_COORDINATOR_ADDRESS=address, PYTHONUNBUFFERED="1")
+        env |= {"JAX_NUM_PROCESSES": str(args.processes), "JAX_PROCESS_ID": str(index)}
+        gpus, each = len(visible_gpus()), args.devices_per_process
         if gpus:
             each = each or gpus // args.processes
             env["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(index * each, (index + 1) * each)))
@@ -137,17 +136,24 @@ class Launch:
             env.setdefault("NPROC", CPU_THREADS)
             env["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={each}"])
         args.logs.mkdir(parents=True, exist_ok=True)
-        log = (args.logs / f"process-{number}.log").open("a" if restarts else "w")
-        return Child(number, self._command, env, log)
+        log = (args.logs / f"process-{index}.log").open("a" if restarts else "w")
+        return Child(index, self._command, env, log)
 
     def _pass_on(self, number: int, frame: object) -> None:
         self._told = number
+        self._awake.set()
         self._signal(number)
 
     def _signal(self, number: int) -> None:
         for child in self._children:
             if child.process.poll() is None:
                 child.process.send_signal(number)
+
+    def _kill(self) -> None:
+        """Every process of every session: a command may be a script that starts another."""
+        for child in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal.SIGKILL)
 
 
 def _say(text: str) -> None:
@@ -182,9 +188,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--logs", type=Path, help="folder of process-I.log (default: logs in the command's --workdir, or here)"
     )
-    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts that run this command together")
-    parser.add_argument("--host", type=int, default=0, metavar="I", help="which of them this is, from 0")
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="a port of host 0, for several hosts")
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
     args, command = parser.parse_args(words[:at]), words[at + 1 :]
@@ -192,13 +195,14 @@ def main(argv: Sequence[str]) -> int:
     problems = []
     if not command:
         problems.append(Problem("command", "there is none", "write it behind --: -- python -m jaxlm.train ..."))
-    if args.processes < 1 or not 0 <= args.host < args.hosts:
-        where = f"--processes={args.processes} --hosts={args.hosts} --host={args.host}"
-        problems.append(Problem(where, "is no process of any", "count processes from 1, and hosts from 0 to N - 1"))
-    if args.hosts > 1 and not args.coordinator:
-        problems.append(Problem("--coordinator", "several hosts need one", "give HOST:PORT of host 0, to all the same"))
-    gpus = visible_gpus()
-    if gpus and args.processes * (args.devices_per_process or gpus // args.processes or 1) > gpus:
+    if args.processes < 1:
+        problems.append(Problem(f"--processes={args.processes}", "starts nothing", "count processes from 1"))
+    gpus = len(visible_gpus())
+    if (
+        args.processes > 0
+        and gpus
+        and args.processes * (args.devices_per_process or gpus // args.processes or 1) > gpus
+    ):
         where = f"--processes={args.processes} --devices-per-process={args.devices_per_process}"
         problems.append(Problem(where, f"there are {gpus} GPUs", "start fewer, or set JAX_PLATFORMS=cpu"))
     if args.max_restarts and command and _workdir(command) is None:

@@ -158,7 +158,7 @@ def use_device_settings(config: Config) -> None:
 
 def check_accelerator() -> None:
     """Raises UserError where an NVIDIA GPU is present and jax can't use it; JAX_PLATFORMS=cpu says that it is meant."""
-    gpus = visible_gpus()
+    gpus = len(visible_gpus())
     if gpus and not os.environ.get("JAX_PLATFORMS") and jax.default_backend() == "cpu":
         remedy = f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}' (cuda12 for drivers older than 580)"
         raise UserError(Problem(f"{gpus} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))

@@ -18,7 +18,7 @@ IFS=, read -r -a hosts <<<"$1"
 shift
 ssh=${JAXLM_SSH:-ssh}
 address=${hosts[0]}:${JAXLM_PORT:-61399}
-mark=/tmp/jaxlm-$USER-$$ # on each host: the number of its process, for the signal
+mark=/tmp/jaxlm-${USER:-$(id -un)}-$$ # on each host: the number of its process, for the signal
 
 pids=()
 for i in "${!hosts[@]}"; do
@@ -27,7 +27,7 @@ for i in "${!hosts[@]}"; do
     # NCCL_DEBUG=WARN: one line where a connection fails
     $ssh "${hosts[i]}" "cd $(printf %q "$PWD") && echo \$\$ >$mark-$i &&
         NCCL_DEBUG=${NCCL_DEBUG:-WARN} exec $(printf '%q ' "${train[@]}")" \
-        </dev/null > >(sed -u "s/^/[$i ${hosts[i]}] /") 2>&1 &
+        </dev/null > >(trap '' INT TERM; exec sed -u "s/^/[$i ${hosts[i]}] /") 2>&1 &
     pids+=($!)
 done
 # one is enough: what one is told, all of them hear

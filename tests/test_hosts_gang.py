@@ -155,10 +155,10 @@ def test_the_odd_one_out_is_told_from_the_others():
 
 
 def test_a_gpu_that_no_process_of_its_host_uses_is_found():
-    assert unused_gpus([("a", 8, 8), ("b", 1, 8), ("c", 4, 8), ("c", 4, 8), ("d", 1, 1), ("d", 1, 1)]) == [
-        "b uses 1 of 8"
-    ]
-    assert unused_gpus([("cpu", 0, 0)]) == []
+    eight, one, other = list("01234567"), ["0"], ["1"]
+    processes = [("a", 8, eight), ("b", 1, eight), ("c", 4, eight), ("c", 4, eight), ("d", 1, one), ("d", 1, other)]
+    assert unused_gpus([*processes, ("e", 2, eight[:4]), ("e", 2, eight[4:])]) == ["b uses 1 of 8", "e uses 4 of 8"]
+    assert unused_gpus([("cpu", 0, [])]) == []
 
 
 SLURM = {
@@ -180,12 +180,20 @@ def test_launchers_are_told_apart_and_no_gpu_is_left_behind():
     one_each = dict(SLURM_STEP_NUM_TASKS="5", SLURM_STEP_TASKS_PER_NODE="1(x5)", SLURM_PROCID="2", SLURM_LOCALID="0")
     assert slurm(**one_each).gpus is None  # one task a node: all of them
     assert slurm(SLURM_GPUS_PER_TASK="4").gpus is None  # SLURM has dealt them out
-    assert slurm(SLURM_STEP_NODELIST="gpu-a,gpu-b").address == "gpu-a:61552"
+    assert slurm(SLURM_GPUS_ON_NODE="8", CUDA_VISIBLE_DEVICES="4,5,6,7").gpus is None  # --gpu-bind
+    for nodes, first in {
+        "gpu-a,gpu-b": "gpu-a",
+        "rack[1-2]node[01,03],x": "rack1node01",
+        "n[01-02]-ib": "n01-ib",
+    }.items():
+        assert slurm(SLURM_STEP_NODELIST=nodes).address == f"{first}:61552"
     one_node = dict(SLURM_STEP_TASKS_PER_NODE="10", SLURM_NODEID="0", SLURM_STEP_NODELIST="n1")
     assert slurm(**one_node).address == "127.0.0.1:61552"
     assert find_place(env=OMPI, gpus=8) == Place(3, 4, "10.96.0.1:62624", "Open MPI", (4, 5, 6, 7))
     assert find_place(env=K8S, gpus=8) == Place(1, 2, "run-0-0.run:1234", "Kubernetes")
     assert find_place("a:1", 2, 0, env=SLURM | OMPI) == Place(0, 2, "a:1", "the command line")
+    assert find_place(env=SLURM | OMPI, gpus=8).found == "Open MPI"  # which SLURM may have started
+    assert find_place(env=SLURM | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) == Place()
     batch_script = {k: v for k, v in SLURM.items() if not k.startswith("SLURM_STEP")}
     assert find_place(env=batch_script) == Place() == find_place(env={})
     for arguments in (("", 2, 0), ("a:1", 2, 2), ("a:1", 0, 1), ("host", 2, 0)):

@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +74,25 @@ def test_signals_go_to_every_process_once(tmp_path):
         time.sleep(0.05)
     started.terminate()
     assert started.wait(timeout=10) == 75
+
+
+def test_a_script_that_starts_another_leaves_none_behind_and_a_signal_ends_the_wait_for_a_restart(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "GRACE_S", 0.3)
+    pid = tmp_path / "pid"
+    wraps = f"""
+import subprocess
+if me == 0:
+    subprocess.run([sys.executable, "-c", "import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"])
+while not os.path.exists({str(pid)!r}) or not open({str(pid)!r}).read():
+    time.sleep(0.05)
+sys.exit(7)
+"""
+    begin = time.monotonic()
+    assert run(tmp_path, COUNT + wraps) == 7 and time.monotonic() - begin < 30
+    stat = Path("/proc", pid.read_text(), "stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"  # ended; nobody here to reap it
+    monkeypatch.setattr(launch, "BACK_OFF_S", 60.0)
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run(tmp_path, COUNT + "sys.exit(7)", "--max-restarts=1", processes=1) == 7 and time.monotonic() - begin < 50

@@ -25,18 +25,24 @@ SHORT = settings(
 
 # Starts what it is told to as SLURM does: a process for each task, which is told its place by the environment.
 SRUN = """#!/usr/bin/env python3
-import os, subprocess, sys
-words = [word for word in sys.argv[1:]]
+import os, subprocess, sys, time
+words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
 nodes, tasks = 2, int(os.environ["FAKE_TASKS_PER_NODE"])
 told = dict(os.environ, SLURM_STEP_NODELIST="localhost,otherhost", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(nodes * tasks))
 told["SLURM_STEP_TASKS_PER_NODE"] = f"{tasks}(x{nodes})"
+kills = "--kill-on-bad-exit=1" in sys.argv  # as srun does: the first code but 0 ends the others
 started = []
 for i in range(nodes * tasks):
     own = dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i % tasks), SLURM_NODEID=str(i // tasks))
     started.append(subprocess.Popen(words, env=told | own))
-sys.exit(max(process.wait() for process in started))
+while kills and None in [process.poll() for process in started]:
+    time.sleep(0.01)
+    if any(process.returncode for process in started):
+        for process in started:
+            process.terminate()
+sys.exit(max(process.wait() % 256 for process in started))
 """
 TELL_ONE = """
 import os, signal, threading, time
@@ -97,7 +103,8 @@ def test_a_list_of_hosts_trains_by_one_command(tmp_path):
     here.write_text('#!/bin/sh\nshift\nexec sh -c "$1"\n')
     here.chmod(0o755)
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-    env = dict(os.environ, JAXLM_SSH=str(here), JAXLM_PYTHON=sys.executable, JAXLM_PORT=str(free_port()), USER="tester")
+    env = dict(os.environ, JAXLM_SSH=str(here), JAXLM_PYTHON=sys.executable, JAXLM_PORT=str(free_port()))
+    env.pop("USER", None)
     env["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=4"])
     words = [str(SCRIPTS / "hosts.sh"), "localhost,otherhost", "--config", str(tmp_path / "tiny.py")]
     words += ["--workdir", str(tmp_path / "run"), *SHORT, *settings("train.num_steps=6")]

@@ -57,8 +57,10 @@ class Launcher:
 
 def _slurm_address(env: Mapping[str, str]) -> str:
     """The first host of the step, and a port by job and step."""
-    head, bracket, inside = env["SLURM_STEP_NODELIST"].partition("[")
-    first = head + re.split("[],-]", inside)[0] if bracket and "," not in head else head.split(",")[0]
+    hosts = re.match(
+        r"(?:[^,[]|\[[^]]*\])*", env["SLURM_STEP_NODELIST"]
+    )  # rack[1-2]node[01,03],x1: up to the comma outside
+    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", hosts[0] if hosts else "")
     return f"{first}:{61440 + (int(env['SLURM_JOB_ID']) * 16 + int(env.get('SLURM_STEP_ID', 0))) % 4096}"
 
 
@@ -66,6 +68,7 @@ def _slurm_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # 4(x2),2 is 4, 4 and 2
     tasks = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
     bound = any(name in env for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"))
+    bound |= len(visible_gpus(env)) < int(env.get("SLURM_GPUS_ON_NODE", 0))  # --gpu-bind
     return int(env["SLURM_LOCALID"]), tasks[int(env["SLURM_NODEID"])], bound
 
 
@@ -81,8 +84,10 @@ def _ompi_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
 
 LAUNCHERS = (
     Launcher("the environment", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ompi_address, _ompi_local
+    ),  # SLURM may start it
     Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", _slurm_address, _slurm_local),
-    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ompi_address, _ompi_local),
     Launcher("Kubernetes", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"),  # scripts/kubernetes.yaml sets the first
 )
 
@@ -104,9 +109,8 @@ def find_place(
     own = tuple(map(int, ids.split(","))) if ids else None
     address, found = address or env.get("JAX_COORDINATOR_ADDRESS", ""), "the command line"
     if not count and process < 0:
-        told = (x for x in LAUNCHERS if x.process in env and int(env.get(x.count, 1)) > 1)
-        launcher = next(told, None)
-        if launcher is None:
+        launcher = next((x for x in LAUNCHERS if x.process in env), None)  # the innermost, be it of one process
+        if launcher is None or int(env.get(launcher.count, 1)) == 1:
             return Place(gpus=own)
         count, process, found = int(env[launcher.count]), int(env[launcher.process]), launcher.name
         number, beside, bound = launcher.local(env)
@@ -114,7 +118,7 @@ def find_place(
         if beside == count:
             address = f"127.0.0.1:{address.rpartition(':')[2] or PORT}"
         if own is None and not bound:
-            own = _share(number, beside, visible_gpus(env) if gpus is None else gpus)
+            own = _share(number, beside, len(visible_gpus(env)) if gpus is None else gpus)
     if not 0 <= process < count or (count > 1 and not re.fullmatch(r".+:\d+", address)):
         rule = f"{found} says process {process} of {count}, process 0 at {address or 'no address'}"
         remedy = "say all three: --coordinator HOST:PORT --processes N --process I, I from 0 to N - 1"
@@ -128,13 +132,13 @@ def _share(number: int, beside: int, gpus: int) -> tuple[int, ...] | None:
     return tuple(range(number * each, (number + 1) * each)) if beside > 1 and each > 0 else None
 
 
-def visible_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA GPUs that this process may use, without asking jax."""
+def visible_gpus(env: Mapping[str, str] = os.environ) -> list[str]:
+    """Names of the NVIDIA GPUs that this process may use, without asking jax."""
     if env.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return 0
+        return []
     if "CUDA_VISIBLE_DEVICES" in env:
-        return len([d for d in env["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1")])
-    return len([p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()])
+        return [d for d in env["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1", "NoDevFiles")]
+    return [p.name[6:] for p in Path("/dev").glob("nvidia*") if p.name[6:].isdigit()]
 
 
 @contextmanager
@@ -152,13 +156,22 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, place.gpus)))
         if place.count > 1:
             jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; the loop agrees by Votes
-            bind = "127.0.0.1" if gang.host in LOOPBACK else "[::]"
-            port = gang.settle("a port for jax", free_port(), lambda ports: ports[0])
-            jax.distributed.initialize(
-                f"{gang.host}:{port}", place.count, place.process, cluster_detection_method="deactivate",
-                coordinator_bind_address=f"{bind}:{port}",
-                initialization_timeout=int(limits.join_s), heartbeat_timeout_seconds=int(limits.heartbeat_s + JAX_LATER_S),
-            )  # fmt: skip
+            here = gang.host in LOOPBACK
+            named = int(place.address.rpartition(":")[2])
+            port = gang.settle("a port for jax", free_port() if here else named + 1, lambda ports: ports[0])
+            try:
+                jax.distributed.initialize(
+                    f"{gang.host}:{port}", place.count, place.process, cluster_detection_method="deactivate",
+                    coordinator_bind_address=f"{'127.0.0.1' if here else '[::]'}:{port}",
+                    initialization_timeout=int(limits.join_s),
+                    heartbeat_timeout_seconds=int(limits.heartbeat_s + JAX_LATER_S),
+                )  # fmt: skip
+            except RuntimeError as e:
+                rule, remedy = (
+                    str(e).partition("\n")[0],
+                    "name an address whose port and the next one are free on host 0",
+                )
+                raise UserError(Problem(f"jax on port {port}", rule, remedy), exit_code=Exit.UNUSABLE) from e
         yield gang
         if place.count > 1:
             gang.settle("leaving jax")  # whoever fails before has said so, and nobody waits for it in C++
@@ -200,16 +213,16 @@ def _named(gang: Gang, processes: Sequence[int]) -> str:
 def check_devices(gang: Gang) -> None:
     """Raises UserError (exit code 3), in each process, where the processes of a host leave one of its GPUs unused."""
     used = jax.local_device_count() if jax.default_backend() == "gpu" else 0
-    found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else 0), unused_gpus)
+    found = gang.settle("devices", (socket.gethostname(), used, visible_gpus() if used else []), unused_gpus)
     if found and gang.count > 1:
         remedy = "start a process for each GPU or one for all, or hide the others with CUDA_VISIBLE_DEVICES"
         raise UserError(Problem("GPUs", "; ".join(found), remedy), exit_code=Exit.UNUSABLE)
 
 
-def unused_gpus(processes: Sequence[tuple[str, int, int]]) -> list[str]:
-    """Of the (host, GPUs in use, GPUs visible) of each process: the hosts where not all are used, in words."""
-    hosts = defaultdict[str, list[tuple[int, int]]](list)
-    for host, *counts in processes:
-        hosts[host].append((counts[0], counts[1]))
-    sums = ((host, sum(used for used, _ in parts), max(seen for _, seen in parts)) for host, parts in hosts.items())
-    return [f"{host} uses {used} of {seen}" for host, used, seen in sums if used < seen]
+def unused_gpus(processes: Sequence[tuple[str, int, Sequence[str]]]) -> list[str]:
+    """Of the (host, number of GPUs in use, GPUs visible) of each process: the hosts where not all are used, in words."""
+    used, seen = Counter[str](), defaultdict[str, set[str]](set)
+    for host, count, names in processes:
+        used[host] += count
+        seen[host].update(names)
+    return [f"{host} uses {used[host]} of {len(names)}" for host, names in seen.items() if used[host] < len(names)]
