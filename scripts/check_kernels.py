@@ -1,6 +1,6 @@
 """Every kernel against its definition in float32, on fresh random inputs: results and all gradients.
 
-  python scripts/check_kernels.py [--seed N] [--only norm,attention,cross_entropy]
+  python scripts/check_kernels.py [--seed N] [--only norm,activation,attention,cross_entropy]
 
 On an NVIDIA GPU all kernels at the sizes models have; on a CPU those that it has, and Pallas interpreted, at small ones. Prints
 a line a case: the result that comes nearest to its bound, its error and the bound, both relative in the two-norm. Exit 1 if
@@ -23,6 +23,7 @@ import numpy as np
 from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.models.kernels import ATTENTION
 from jaxlm.models.loss import LOSS, cross_entropy_sums
+from jaxlm.models.mlp import ACTIVATION, How, activate, gelu, swiglu
 from jaxlm.models.norm import NORM, Settings, Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.parallel.context import attend
@@ -221,6 +222,26 @@ def cross_entropies(layout: Layout, draw: Draw) -> Iterator[Case]:
             )
 
 
+def activations(layout: Layout, draw: Draw) -> Iterator[Case]:
+    """Forwards, and XLA's backward, work in the operands' dtype: 8 operations follow one another from a sum to what is made
+    of it, bias included, and where the compiler keeps none of them in float32 each rounds."""
+    shapes = [(4096, 3072), (10007, 6400), (4096, 11008)] if layout.platform == "gpu" else []  # rows, hidden width
+    functions = {gelu: 1, swiglu: 2}  # of how many sums
+    kinds = itertools.product([*shapes, (37, 300)], ACTIVATION, functions, ("bfloat16", "float32"))
+    for (R, F), kernel, function, dtype in kinds:
+        of = range(functions[function])
+        yield Case(
+            f"{kernel.name} {function.__name__} {dtype} {R}x{F}",
+            partial(activate, How(function, kernel, layout)),
+            lambda sums, biases, function=function: function(*map(jnp.add, sums, biases)),
+            (tuple(draw((1, R, F), dtype) for _ in of), tuple(draw((F,)) for _ in of)),
+            roundings=8 if dtype == "bfloat16" else 20,  # in float32 each operation of a derivative
+            links=1,
+            terms=R,
+            unit=unit(dtype, layout),
+        )
+
+
 def _cross_entropy(
     x_BTD: jax.Array, head_VD: jax.Array, *, labels, weights, vocab_size: int, z_loss: float
 ) -> jax.Array:
@@ -230,7 +251,7 @@ def _cross_entropy(
     return (weights * (nats + z_loss * z**2)).sum()
 
 
-CASES = {"norm": norms, "attention": attentions, "cross_entropy": cross_entropies}
+CASES = {"norm": norms, "activation": activations, "attention": attentions, "cross_entropy": cross_entropies}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
