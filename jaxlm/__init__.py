@@ -3,6 +3,7 @@
 Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml holds the contract):
   train.py                                      the loop: start reading here
   opening.py                                    how the processes of a run open it, and hold each other to one another
+  tuning.py                                     model.remat=auto: what the backward reuses, by measurement
   evaluate.py generate.py report.py             tools over a finished or running workdir
   launch.py doctor.py                           starting several processes; looking at a machine
   plan/                                         what a config would do, before any device is touched

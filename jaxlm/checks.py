@@ -135,7 +135,7 @@ def _check_model(config: Config, rule: Any) -> None:
             "leave mlp_gate out",
         )
     except ValueError as e:
-        rule(False, "model.remat", str(e), f"use none, full, or a list over {', '.join(REMAT_NAMES)}")
+        rule(False, "model.remat", str(e), f"use none, full, auto, or a list over {', '.join(REMAT_NAMES)}")
 
 
 def _check_mesh(config: Config, rule: Any) -> None:

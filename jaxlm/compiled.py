@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +36,19 @@ def build(
     state: TrainState,
     loader: Loader,
     *,
+    made: Mapping[tuple[int, int], Any] | None = None,
     during: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Compiled:
     """Compiles before the first step what the first and the last one, evaluations, saves and checks need: a run whose batches
-    keep their shape compiles nothing in its middle, and none runs out of memory there. during: entered where one does."""
+    keep their shape compiles nothing in its middle, and none runs out of memory there.
+
+    made: steps that are compiled already, by the shape of their batch.   during: entered where one compiles in its middle.
+    """
     begin, train, jitted = time.monotonic(), program.config.train, compile_step(program)
     first, last = (loader.shape(step) for step in (0, train.num_steps - 1))
-    steps = {shape: jitted.lower(state, abstract_batch(program, shape)).compile() for shape in {first, last}}
+    steps = dict(made or {})
+    for shape in {first, last} - steps.keys():
+        steps[shape] = jitted.lower(state, abstract_batch(program, shape)).compile()
     whole = abstract_batch(program, (train.batch_size, train.seq_len))
     evaluate = compile_eval(program).lower(state.params, whole).compile()
     finite = jax.jit(all_finite).lower(state.params).compile()

@@ -62,7 +62,8 @@ class ModelConfig:
         False, "one compiled block looped over layers: compiles faster, runs 10-30 % slower on a GPU"
     )
     remat: str = setting(
-        "none", "none | full | name=keep,name=offload,...: what backward reuses; unnamed is recomputed"
+        "none",
+        "none | full | name=keep,name=offload,...: what backward reuses, unnamed is recomputed; auto: the fastest that fits",
     )
 
 
@@ -316,8 +317,8 @@ REMAT_NAMES = {
 
 
 def remat_actions(remat: str) -> dict[str, str]:
-    """`name=keep,name=offload` as a dictionary; empty for none and full. Raises ValueError on anything else."""
-    if remat in ("none", "full"):
+    """`name=keep,name=offload` as a dictionary; empty for none, full and auto. Raises ValueError on anything else."""
+    if remat in ("none", "full", "auto"):
         return {}
     actions = {}
     for part in remat.split(","):

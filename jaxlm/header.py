@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
 def provenance(config: Config, facts: dict) -> dict[str, Any]:
     """What a checkpoint says of where it comes from. Batches and random numbers after step k follow from settings and k."""
     devices = f"{facts['devices']} x {facts['device_kind']}"
-    kept = {key: facts[key] for key in ("mesh", "versions", "data")}
+    kept = {key: facts[key] for key in ("mesh", "versions", "data", "remat") if key in facts}
     return kept | {"config": dataclasses.asdict(config), "devices": devices}
 
 
@@ -88,6 +88,7 @@ def header(
         ("parameters", f"{facts['parameters']:,} ({facts['parameters_padded']:,} with the vocabulary padded)"),
         *((name, facts[name]) for name in ("attention", "norm", "activation", "loss", "context") if name in facts),
         *((("pipeline", facts["pipeline"]),) if "pipeline" in facts else ()),
+        *((("remat", facts["remat_choice"]),) if "remat_choice" in facts else ()),
         ("a step", f"{t.batch_size} rows x {t.seq_len} = {facts['tokens_per_step']:,} tokens, {t.accumulate} microbatch(es)"),
         ("data", f"{facts['training_tokens']:,} training tokens; {t.num_steps} steps are {facts['epochs']:g} epochs"),
         ("memory", f"{memory / 2**30:.2f} GiB a device by the compiler's count" if memory else "not known here"),

@@ -111,10 +111,9 @@ class Program:
 
 def make_program(config: Config, layout: Layout) -> Program:
     """Everything a step needs, without allocating: the model is built abstractly. Raises UserError on an uneven split."""
-    chosen = {key: choice.kernel.name for key, choice in chosen_kernels(config, layout).items()}
-    built = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **chosen)
-    )  # layers know less that decides
+    chosen = {key: choice.kernel.name for key, choice in chosen_kernels(config, layout).items()}  # layers know less
+    remat = "none" if config.model.remat == "auto" else config.model.remat  # tuning.py chooses, for whoever trains
+    built = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat, **chosen))
     abstract = nnx.eval_shape(lambda: GPT(built.model, jax.random.key(0), layout))
     graph, variables = nnx.split(abstract)
     flat = nnx.to_flat_state(variables)

@@ -66,6 +66,7 @@ from jaxlm.settings import (
     warnings_to,
 )
 from jaxlm.step import Program, StepMetrics, TrainState, abstract_state, init_state, with_recent, without_recent
+from jaxlm.tuning import tune
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,6 +115,9 @@ def run(
         stack.enter_context(explained(lambda: ledger.where))
         stop = stack.enter_context(StopSignals(progress.note if lock else print))
         work = open_work(gang, resolved, workdir, progress.note)
+        with ledger.during("compile"):
+            tuned = tune(gang, work.program, workdir)
+        work = dataclasses.replace(work, program=tuned.program)
         config, program, corpus = work.resolved.config, work.program, work.corpus
         store = stack.enter_context(open_store(config, workdir, lock))
         ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
@@ -130,9 +134,10 @@ def run(
         if gang.count > 1 and program.layout.platform == "gpu" and (slow := slow_devices(gang)):
             progress.note(f"WARNING: {slow}")
         store.warm_up(as_saved(program, state))
-        compiled = build(program, state, work.loader, during=partial(ledger.during, "compile"))
+        compiled = build(program, state, work.loader, made=tuned.steps, during=partial(ledger.during, "compile"))
         store.wait()
         facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
+        facts |= {"remat": tuned.facts, "remat_choice": str(tuned)} if tuned.facts else {}
         write_down(folder, work.resolved, program, compiled, facts)
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
         tensorboard = config.log.tensorboard and lock is not None
