@@ -282,7 +282,7 @@ def work(rank: int, world: int, port: int, jobs: Sequence[Job], args: argparse.N
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=rank, world_size=world)
-    chosen = [SDPBackend[name] for name in args.attention]
+    chosen = [SDPBackend.__members__[name] for name in args.attention]
     for job in jobs:
         try:
             with sdpa_kernel(chosen, set_priority=True) if chosen else contextlib.nullcontext():

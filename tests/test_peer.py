@@ -85,7 +85,11 @@ def test_the_peer_makes_our_losses_from_our_parameters(family):
 
 def test_a_benchmark_beside_the_peer_prints_both_and_their_ratio(tmp_path):
     words = ["2,32,4,2,48,64,16", "--rows", "2", "4", "--steps", "2", "--rounds", "1", "--config", "configs/llama2.py"]
-    words += ["--peer", "--peer-command", f"{sys.executable} {SCRIPTS}/torch_peer.py --eager"]
+    words += [
+        "--peer",
+        "--peer-command",
+        f"{sys.executable} {SCRIPTS}/torch_peer.py --eager --attention FLASH_ATTENTION MATH",
+    ]
     env = dict(os.environ, XLA_FLAGS="", PYTHONPATH=str(SCRIPTS.parent))
     command = [sys.executable, str(SCRIPTS / "bench_step.py"), *words]
     printed = subprocess.run(command, env=env, cwd=SCRIPTS.parent, capture_output=True, text=True, timeout=300)
