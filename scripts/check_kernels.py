@@ -1,6 +1,6 @@
 """Every kernel against its definition in float32, on fresh random inputs: results and all gradients.
 
-  python scripts/check_kernels.py [--seed N] [--only norm,attention,cross_entropy]
+  python scripts/check_kernels.py [--seed N] [--only norm,activation,attention,cross_entropy]
 
 On an NVIDIA GPU all kernels at the sizes models have; on a CPU those that it has, and Pallas interpreted, at small ones. Prints
 a line a case: the result that comes nearest to its bound, its error and the bound, both relative in the two-norm. Exit 1 if
@@ -23,6 +23,7 @@ import numpy as np
 from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.models.kernels import ATTENTION
 from jaxlm.models.loss import LOSS, cross_entropy_sums
+from jaxlm.models.mlp import ACTIVATION, How, activate, gelu, swiglu
 from jaxlm.models.norm import NORM, Settings, Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.parallel.context import attend
@@ -65,7 +66,10 @@ def main(argv: Sequence[str]) -> int:
     over = 0
     for name in args.only.split(","):
         for number, case in enumerate(CASES[name](layout, Draw(args.seed))):
-            result, error = check(case, Draw(args.seed + number))
+            try:
+                result, error = check(case, Draw(args.seed + number))
+            except Exception as e:  # it said that it serves: the others are still worth knowing
+                result, error = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}", float("nan")
             over += not error <= case.bound  # a nan is over too
             verdict = "ok  " if error <= case.bound else "OVER"
             print(f"{verdict} {name} {case.label}: {result} {error:.2e} of {case.bound:.2e}", flush=True)
@@ -113,22 +117,13 @@ def unit(dtype: str, layout: Layout, *, products: bool = False) -> float:
 def norms(layout: Layout, draw: Draw) -> Iterator[Case]:
     """The definition rounds the sum to the operands' dtype as kernels do. After that Pallas' rounds what it writes; XLA's
     adds the bias and rounds before it adds the branch, and rounds the norm's share of dx before it adds ds to it."""
-    gpu = layout.platform == "gpu"
-    shapes = (
-        [(4096, D) for D in (768, 1024, 1600, 2048, 4096, 8192)] + [(10007, 768), (7, 24)]
-        if gpu
-        else [(37, 24), (8, 768)]
-    )
-    parts = [
-        (True, True, True),
-        (True, False, False),
-        (False, False, True),
-    ]  # something to add, with a bias; a bias after
-    for (R, D), kernel, kind, dtype, (adds, y_bias, bias) in (
-        (shape, kernel, kind, dtype, part)
-        for shape in shapes for kernel in NORM for kind in ("layernorm", "rmsnorm") for dtype in ("bfloat16", "float32")
-        for part in parts
-    ):  # fmt: skip
+    shapes, widths = [(37, 24), (8, 768)], (768, 1024, 1600, 2048, 4096, 8192)
+    shapes += [*((4096, D) for D in widths), (10007, 768)] if layout.platform == "gpu" else []
+    variants = (  # kind, dtype, and whether there is something to add, with a bias, and a bias of the norm's own
+        ("layernorm", "bfloat16", (True, True, True)), ("rmsnorm", "bfloat16", (True, False, False)),
+        ("layernorm", "float32", (False, False, True)), ("rmsnorm", "float32", (True, True, False)),
+    )  # fmt: skip
+    for kernel, (R, D), (kind, dtype, (adds, y_bias, bias)) in itertools.product(NORM, shapes, variants):
         offset = draw((1, R, 1))  # rows have a mean, which a norm without one would show
         stream = Stream(
             (draw((1, R, D)) + offset).astype(dtype),
@@ -161,12 +156,10 @@ def _norm(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, *, kind:
 def attentions(layout: Layout, draw: Draw) -> Iterator[Case]:
     """Weights, or the logits' gradient, are rounded before they are multiplied, the output before delta is formed from it, and
     what is written: 3 in a chain; the gradient of a row's logits is a difference, of terms as large as itself: 4."""
-    gpu = layout.platform == "gpu"
-    shapes = [(2, 1024, 12, 12, 64), (1, 2048, 16, 4, 128), (1, 1024, 25, 25, 64)] if gpu else []  # B, T, N, K, H
-    for B, T, N, K, H in [*shapes, (2, 16, 4, 2, 8)]:
-        for kernel, dtype, positions in (
-            (k, d, p) for k in ATTENTION for d in ("bfloat16", "float32") for p in ("learned", "alibi")
-        ):
+    shapes = [(2, 16, 4, 2, 8)]  # B, T, N, K, H
+    shapes += [(2, 1024, 12, 12, 64), (1, 2048, 16, 4, 128), (1, 1024, 25, 25, 64)] if layout.platform == "gpu" else []
+    for B, T, N, K, H in shapes:
+        for kernel, dtype, positions in itertools.product(ATTENTION, ("bfloat16", "float32"), ("learned", "alibi")):
             model = ModelConfig(num_heads=N, num_kv_heads=K, head_dim=H, dtype=dtype, position=positions)  # pyright: ignore
             if kernel.refuses(model, layout.platform, False, False):
                 continue
@@ -221,6 +214,26 @@ def cross_entropies(layout: Layout, draw: Draw) -> Iterator[Case]:
             )
 
 
+def activations(layout: Layout, draw: Draw) -> Iterator[Case]:
+    """Forwards, and XLA's backward, work in the operands' dtype: 8 operations follow one another from a sum to what is made
+    of it, bias included, and where the compiler keeps none of them in float32 each rounds."""
+    shapes = [(4096, 3072), (1003, 11008)] if layout.platform == "gpu" else []  # rows, hidden width
+    functions = {gelu: 1, swiglu: 2}  # of how many sums
+    kinds = itertools.product(ACTIVATION, [(37, 300), *shapes], functions, ("bfloat16", "float32"))
+    for kernel, (R, F), function, dtype in kinds:
+        of = range(functions[function])
+        yield Case(
+            f"{kernel.name} {function.__name__} {dtype} {R}x{F}",
+            partial(activate, How(function, kernel, layout)),
+            lambda sums, biases, function=function: function(*map(jnp.add, sums, biases)),
+            (tuple(draw((1, R, F), dtype) for _ in of), tuple(draw((F,)) for _ in of)),
+            roundings=8 if dtype == "bfloat16" else 20,  # in float32 each operation of a derivative
+            links=1,
+            terms=R,
+            unit=unit(dtype, layout),
+        )
+
+
 def _cross_entropy(
     x_BTD: jax.Array, head_VD: jax.Array, *, labels, weights, vocab_size: int, z_loss: float
 ) -> jax.Array:
@@ -230,7 +243,7 @@ def _cross_entropy(
     return (weights * (nats + z_loss * z**2)).sum()
 
 
-CASES = {"norm": norms, "attention": attentions, "cross_entropy": cross_entropies}
+CASES = {"norm": norms, "activation": activations, "attention": attentions, "cross_entropy": cross_entropies}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

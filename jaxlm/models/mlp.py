@@ -40,19 +40,19 @@ class MLP(nnx.Module):
         kernel, biases = choose_activation(self.model, self.layout).kernel, (array(self.up_bias),)
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
-            how, sums = How(_gelu, kernel, self.layout), (checkpoint_name(up_BTF, "mlp_up"),)
+            how, sums = How(gelu, kernel, self.layout), (checkpoint_name(up_BTF, "mlp_up"),)
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
-            how, biases = How(_swiglu, kernel, self.layout), (*biases, array(self.gate_bias))
+            how, biases = How(swiglu, kernel, self.layout), (*biases, array(self.gate_bias))
             sums = checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate")
-        return self.products.rows(checkpoint_name(_activate(how, sums, biases), "mlp_act"), self.down)
+        return self.products.rows(checkpoint_name(activate(how, sums, biases), "mlp_act"), self.down)
 
 
-def _gelu(up: jax.Array) -> jax.Array:
+def gelu(up: jax.Array) -> jax.Array:
     return jax.nn.gelu(up, approximate=True)
 
 
-def _swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
@@ -75,20 +75,20 @@ class How(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activate(how: How, sums: tuple[jax.Array, ...], biases: tuple[jax.Array | None, ...]) -> jax.Array:
+def activate(how: How, sums: tuple[jax.Array, ...], biases: tuple[jax.Array | None, ...]) -> jax.Array:
     """The activation of sums [B, T, F] plus their biases: one pass over memory, and the backward keeps the sums alone."""
     return how.function(*map(add_bias, sums, biases))
 
 
 def _activate_forward(how: How, sums: tuple, biases: tuple) -> tuple:
-    return _activate(how, sums, biases), (sums, biases)
+    return activate(how, sums, biases), (sums, biases)
 
 
 def _activate_backward(how: How, saved: tuple, dact_BTF: jax.Array) -> tuple:
     return how.kernel.backward(how, *saved, dact_BTF)
 
 
-_activate.defvjp(_activate_forward, _activate_backward)
+activate.defvjp(_activate_forward, _activate_backward)
 
 
 def _xla_backward(how: How, sums: tuple, biases: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:

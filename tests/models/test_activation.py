@@ -12,10 +12,10 @@ from test_norm import near
 
 from jaxlm.config import UserError
 from jaxlm.models import activation_kernel
-from jaxlm.models.mlp import ACTIVATION, How, _activate, _gelu, _swiglu, choose_activation
+from jaxlm.models.mlp import ACTIVATION, How, activate, choose_activation, gelu, swiglu
 
 PALLAS, XLA = (next(kernel for kernel in ACTIVATION if kernel.name == name) for name in ("pallas", "xla"))
-FUNCTIONS = {_gelu: 1, _swiglu: 2}  # and of how many sums
+FUNCTIONS = {gelu: 1, swiglu: 2}  # and of how many sums
 MESH = dict(data=2, fsdp=2, model=2)  # rows over four devices, columns over two
 one_device = test_pipeline.one_device
 
@@ -29,18 +29,18 @@ def gradients(kernel, function, layout, shape, dtype="float32"):
     sums = tuple(jnp.asarray(draw(shape), dtype) for _ in range(FUNCTIONS[function]))
     biases = tuple(jnp.asarray(draw(shape[-1:]), "float32") for _ in sums)
     how, dact = How(function, kernel, layout), jnp.asarray(draw(shape), dtype)
-    return jax.jit(lambda *args: jax.vjp(lambda *args: _activate(how, *args), *args)[1](dact))(sums, biases)
+    return jax.jit(lambda *args: jax.vjp(lambda *args: activate(how, *args), *args)[1](dact))(sums, biases)
 
 
-@pytest.mark.parametrize(("function", "shape"), [(_gelu, (2, 33, 40)), (_swiglu, (1, 16, 300))], ids=str)
+@pytest.mark.parametrize(("function", "shape"), [(gelu, (2, 33, 40)), (swiglu, (1, 16, 300))], ids=["gelu", "swiglu"])
 def test_one_pass_is_the_derivative_and_its_sums_over_rows(monkeypatch, function, shape):
     monkeypatch.setattr(activation_kernel, "PROGRAMS", 4)  # of two or more blocks; neither rows nor columns fill theirs
     near(*(gradients(kernel, function, tiny.layout(), shape) for kernel in (PALLAS, XLA)), REORDERED)
 
 
 def test_on_a_mesh_each_row_counts_once():
-    want = gradients(XLA, _gelu, tiny.layout(), (4, 4, 16))
-    near(gradients(PALLAS, _gelu, tiny.layout(8, **MESH), (4, 4, 16)), want, REORDERED)
+    want = gradients(XLA, gelu, tiny.layout(), (4, 4, 16))
+    near(gradients(PALLAS, gelu, tiny.layout(8, **MESH), (4, 4, 16)), want, REORDERED)
 
 
 def test_a_kernel_is_chosen_or_refused_with_its_reason():
