@@ -106,34 +106,18 @@ def _check_model(config: Config, rule: Any) -> None:
     m = config.model
     if m.head_dim == m.embed_dim // m.num_heads:
         near = [n for n in range(1, m.embed_dim + 1) if m.embed_dim % n == 0]
-        near = sorted(near, key=lambda n: abs(n - m.num_heads))[:3]
-        rule(
-            m.embed_dim % m.num_heads == 0,
-            "model.num_heads",
-            f"does not divide model.embed_dim={m.embed_dim}",
-            f"use {', '.join(map(str, sorted(near)))}, or set model.head_dim",
-        )
-    rule(
-        m.num_heads % m.num_kv_heads == 0,
-        "model.num_kv_heads",
-        f"does not divide model.num_heads={m.num_heads}",
-        f"use one of {[n for n in range(1, m.num_heads + 1) if m.num_heads % n == 0]}",
-    )
-    rule(
-        m.position != "rope" or m.head_dim % 2 == 0,
-        "model.head_dim",
-        "rotary positions turn pairs of channels: the head width must be even",
-        "use an even model.head_dim",
-    )
+        near = sorted(sorted(near, key=lambda n: abs(n - m.num_heads))[:3])
+        rule(m.embed_dim % m.num_heads == 0, "model.num_heads", f"does not divide model.embed_dim={m.embed_dim}",
+             f"use {', '.join(map(str, near))}, or set model.head_dim")  # fmt: skip
+    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"does not divide model.num_heads={m.num_heads}",
+         f"use one of {[n for n in range(1, m.num_heads + 1) if m.num_heads % n == 0]}")  # fmt: skip
+    rule(m.position != "rope" or m.head_dim % 2 == 0, "model.head_dim",
+         "rotary positions turn pairs of channels: the head width must be even", "use an even model.head_dim")  # fmt: skip
     try:
         unknown = sorted(set(remat_actions(m.remat)) - set(REMAT_NAMES))
         rule(not unknown, "model.remat", f"no tensor is named {', '.join(unknown)}", f"names: {', '.join(REMAT_NAMES)}")
-        rule(
-            "mlp_gate" not in remat_actions(m.remat) or m.activation == "swiglu",
-            "model.remat",
-            "mlp_gate exists only with model.activation=swiglu",
-            "leave mlp_gate out",
-        )
+        rule("mlp_gate" not in remat_actions(m.remat) or m.activation == "swiglu", "model.remat",
+             "mlp_gate exists only with model.activation=swiglu", "leave mlp_gate out")  # fmt: skip
     except ValueError as e:
         rule(False, "model.remat", str(e), f"use none, full, auto, or a list over {', '.join(REMAT_NAMES)}")
 
@@ -145,52 +129,28 @@ def _check_mesh(config: Config, rule: Any) -> None:
     free = [axis for axis, degree in degrees.items() if degree == -1]
     rule(len(free) <= 1, f"mesh.{free[-1] if free else 'data'}", "only one axis can take what is left", "give a number")
     schedule, repeats = config.pipeline.schedule, config.pipeline.repeats
-    rule(
-        repeats > 1 if schedule == "circular" else repeats == 1 or schedule == "1f1b",
-        "pipeline.repeats",
-        f"does not fit pipeline.schedule={schedule}",
-        "circular repeats 2 times or more, gpipe once, 1f1b as often as you like",
-    )
+    rule(repeats > 1 if schedule == "circular" else repeats == 1 or schedule == "1f1b", "pipeline.repeats",
+         f"does not fit pipeline.schedule={schedule}",
+         "circular repeats 2 times or more, gpipe once, 1f1b as often as you like")  # fmt: skip
 
 
 def _check_run(config: Config, rule: Any) -> None:
     m, t, o, c = config.model, config.train, config.optim, config.checkpoint
-    rule(
-        t.seq_len <= m.max_seq_len,
-        "train.seq_len",
-        f"is longer than model.max_seq_len={m.max_seq_len}",
-        f"use {m.max_seq_len} or less, or raise model.max_seq_len",
-    )
-    rule(
-        t.batch_size % t.accumulate == 0,
-        "train.batch_size",
-        f"does not split into train.accumulate={t.accumulate} microbatches",
-        f"use a multiple of {t.accumulate}",
-    )
-    rule(
-        o.warmup_steps < t.num_steps or o.warmup_steps == 0,
-        "optim.warmup_steps",
-        f"leaves no step of train.num_steps={t.num_steps} at the peak",
-        f"use {t.num_steps // 10}, or a train.num_steps above {o.warmup_steps}",
-    )
-    rule(
-        o.schedule != "inverse_sqrt" or o.warmup_steps > 0,
-        "optim.warmup_steps",
-        "is the time scale of inverse_sqrt and must be above 0",
-        "use for example 1000",
-    )
-    rule(
-        o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= t.num_steps,
-        "optim.decay_steps",
-        f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
-        f"use at most {t.num_steps - o.warmup_steps}",
-    )
-    rule(
-        c.every_steps == 0 or c.keep_every % c.every_steps == 0,
-        "checkpoint.keep_every",
-        f"is no multiple of checkpoint.every_steps={c.every_steps}: few or none of its steps are saved",
-        f"use a multiple of {c.every_steps}",
-    )
+    rule(t.seq_len <= m.max_seq_len, "train.seq_len", f"is longer than model.max_seq_len={m.max_seq_len}",
+         f"use {m.max_seq_len} or less, or raise model.max_seq_len")  # fmt: skip
+    rule(t.batch_size % t.accumulate == 0, "train.batch_size",
+         f"does not split into train.accumulate={t.accumulate} microbatches", f"use a multiple of {t.accumulate}")  # fmt: skip
+    rule(o.warmup_steps < t.num_steps or o.warmup_steps == 0, "optim.warmup_steps",
+         f"leaves no step of train.num_steps={t.num_steps} at the peak",
+         f"use {t.num_steps // 10}, or a train.num_steps above {o.warmup_steps}")  # fmt: skip
+    rule(o.schedule != "inverse_sqrt" or o.warmup_steps > 0, "optim.warmup_steps",
+         "is the time scale of inverse_sqrt and must be above 0", "use for example 1000")  # fmt: skip
+    rule(o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= t.num_steps, "optim.decay_steps",
+         f"with warmup_steps={o.warmup_steps} is longer than train.num_steps={t.num_steps}",
+         f"use at most {t.num_steps - o.warmup_steps}")  # fmt: skip
+    rule(c.every_steps == 0 or c.keep_every % c.every_steps == 0, "checkpoint.keep_every",
+         f"is no multiple of checkpoint.every_steps={c.every_steps}: few or none of its steps are saved",
+         f"use a multiple of {c.every_steps}")  # fmt: skip
     unknown = sorted(set(o.decay_roles) - {"kernel", "embedding", "scale", "bias"})
     rule(not unknown, "optim.decay_roles", f"no role {', '.join(unknown)}", "roles: kernel, embedding, scale, bias")
 
