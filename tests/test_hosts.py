@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -176,6 +177,55 @@ def test_a_slow_host_is_named_and_one_that_hangs_in_its_restore_ends_the_run(fol
     hosts = Hosts(folder, "slow", *SHORT, *limits, count=2, devices=4, program=("-c", SLOW_RESTORE))
     assert hosts.ends() == [3, 3], hosts.everything()
     assert re.search(r"process 1 \(.*, pid \d+\) of 2 did not come to: reading \S+/checkpoints/12", hosts.said(0))
+
+
+FAILING_SAVES = """
+import os
+from jaxlm import train
+from jaxlm.checkpoint import store
+from jaxlm.settings import run_main
+me, saves, stage, save = os.environ["JAX_PROCESS_ID"], [], store.stage, train.Loop._save
+def stage_but_once(named):
+    saves.append(named.keys())
+    if me == "1" and len(saves) == 3:  # the second save, behind the rehearsal
+        raise OSError("no memory to pin")
+    return stage(named)
+def save_without_room(self, step, state):
+    ballast = self.store.directory.parent / "ballast"
+    if me == "0" and step == 6 and not ballast.exists():
+        with ballast.open("wb", buffering=0) as out:
+            try:
+                while out.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    save(self, step, state)
+store.stage, train.Loop._save = stage_but_once, save_without_room
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_a_save_that_one_process_cannot_stage_costs_a_step_and_a_full_disk_ends_all_at_once(folder):
+    """Mounts a file system of 3 MB, which takes root."""
+    disk, few = folder / "disk", settings("train.num_steps=8", "checkpoint.every_steps=2", "checkpoint.keep=1")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=True)
+    try:
+        hosts = Hosts(folder, "disk", *SHORT, *few, count=2, devices=4, program=("-c", FAILING_SAVES))
+        hosts.wait_for("step 6/")
+        begin = time.monotonic()
+        assert hosts.ends() == [3, 3], hosts.everything()
+        took_s = time.monotonic() - begin
+        assert re.search(r"step 4: ERROR, checkpoint not saved: process 1 \(.*\): OSError: no memory", hosts.said(0))
+        assert any("checkpoint of step 6\n  was not saved: OSError: [Errno 28]" in hosts.said(i) for i in (0, 1))
+        assert committed_steps(disk / "checkpoints") == [2] and took_s < 15, (took_s, hosts.everything())
+        (disk / "ballast").unlink()
+        hosts = Hosts(folder, "disk", *SHORT, *few, count=2, devices=4)
+        assert hosts.ends() == [0, 0] and "resumes after step 2" in hosts.said(0), hosts.everything()
+        print(f"\nboth left {took_s:.1f} s after the step whose save met a full disk")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.nightly
