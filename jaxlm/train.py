@@ -147,7 +147,7 @@ def run(
             progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
-        state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock)
+        state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock, gang=gang)
         ledger.enter("end")
         code = gang.settle("how the run ended", code, lambda codes: codes[0])  # it is process 0 that commits
         finish(work, state, workdir, folder, code, progress.note)
@@ -157,12 +157,13 @@ def run(
 
 
 def train_on(
-    loop: Loop, state: TrainState, start: int, *, owed: bool, folder: Path, lock: RunLock | None
+    loop: Loop, state: TrainState, start: int, *, owed: bool, folder: Path, lock: RunLock | None, gang: Gang
 ) -> tuple[TrainState, int]:
     """`loop.run`; where it ends with an error for the user, what is known by then is written down first."""
     try:
         return loop.run(state, start, owed=owed)
     except UserError:
+        gang.closes()
         loop.ledger.enter("end")
         if not (lock and lock.lost):  # else the folder is another run's
             loop.log.flush()

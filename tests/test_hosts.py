@@ -228,6 +228,35 @@ def test_a_save_that_one_process_cannot_stage_costs_a_step_and_a_full_disk_ends_
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+SLOW_SEAL = """
+import time
+from jaxlm import train
+from jaxlm.checkpoint import manifest
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.settings import run_main
+seal, read = manifest.seal, train.Loop._read_pending
+def slow(*args, **more):
+    time.sleep(5)
+    seal(*args, **more)
+def diverge(self):
+    if self._pending and self._pending[0] == 3:
+        raise UserError(Problem("step 3", "diverged", "lower it"), exit_code=Exit.DIVERGED)
+    read(self)
+manifest.seal, train.Loop._read_pending = slow, diverge
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_an_error_of_all_lets_process_0_commit_what_is_in_flight_and_have_its_own_words(folder):
+    every = settings("train.num_steps=50", "checkpoint.every_steps=2")
+    hosts = Hosts(folder, "sealed", *SHORT, *every, count=2, devices=4, program=("-c", SLOW_SEAL))
+    assert hosts.ends() == [4, 4], hosts.everything()
+    assert committed_steps(folder / "sealed" / "checkpoints") == [2], hosts.everything()
+    for i in (0, 1):
+        assert "error: step 3\n  diverged\n  lower it" in hosts.said(i) and "left:" not in hosts.said(i), i
+
+
 @pytest.mark.nightly
 def test_a_pipeline_over_two_hosts_saves_what_one_host_resumes_on_any_mesh(folder):
     """Two hosts of two devices: model=2 inside a host, pipeline=2 across; then one host, without either."""
