@@ -257,6 +257,31 @@ def test_an_error_of_all_lets_process_0_commit_what_is_in_flight_and_have_its_ow
         assert "error: step 3\n  diverged\n  lower it" in hosts.said(i) and "left:" not in hosts.said(i), i
 
 
+LATE_REHEARSAL = """
+import os, threading, time
+from jaxlm import compiled, train
+from jaxlm.checkpoint import checksum
+from jaxlm.settings import run_main
+me, stack, rehearse = os.environ["JAX_PROCESS_ID"], checksum._stack, compiled.rehearse
+def late_stack(sums):
+    time.sleep(8 if me == "1" and threading.current_thread() is not threading.main_thread() else 0)
+    return stack(sums)
+def late_rehearsal(state):
+    time.sleep(4 if me == "0" else 0)
+    rehearse(state)
+checksum._stack, compiled.rehearse = late_stack, late_rehearsal
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_what_starts_in_the_background_meets_no_collective_of_the_start(folder):
+    """One process sums its first checksums before it rehearses sdc_check_every, the other behind it."""
+    few = settings("train.num_steps=2", "train.deterministic=true", "train.sdc_check_every=2")
+    hosts = Hosts(folder, "order", *SHORT, *few, count=2, devices=4, program=("-c", LATE_REHEARSAL))
+    assert hosts.ends(limit_s=90) == [0, 0], hosts.everything()
+
+
 @pytest.mark.nightly
 def test_a_pipeline_over_two_hosts_saves_what_one_host_resumes_on_any_mesh(folder):
     """Two hosts of two devices: model=2 inside a host, pipeline=2 across; then one host, without either."""
