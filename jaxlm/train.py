@@ -264,9 +264,9 @@ class Loop:
                 self._announce_commits()
             self.ledger.enter("save", step=done)
         self.store.wait()
+        asked = self.asked() or 0  # a vote needs the devices of all processes, whatever each has saved
         self._announce_commits()
-        saved = done == 0 or self.store.committed_step == done
-        return state, (self.asked() or 0) if saved else Exit.UNUSABLE
+        return state, asked if done == 0 or self.store.committed_step == done else Exit.UNUSABLE
 
     def _next(self, batches: Prefetch, done: int, state: TrainState) -> Any:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""

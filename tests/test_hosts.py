@@ -228,6 +228,38 @@ def test_a_save_that_one_process_cannot_stage_costs_a_step_and_a_full_disk_ends_
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+FAILING_COMMIT = """
+import os
+from jaxlm import train
+from jaxlm.checkpoint import layout
+from jaxlm.parallel.votes import Votes
+from jaxlm.settings import run_main
+commit, cast, votes = layout.commit, Votes.cast, []
+def failing(directory, step):
+    if step == 4:
+        raise OSError("no rename")
+    commit(directory, step)
+def counted(self, values):
+    votes.append(values)
+    print(f"vote {len(votes)}", flush=True)
+    return cast(self, values)
+layout.commit, Votes.cast = failing, counted
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_a_last_commit_that_fails_in_process_0_ends_all_with_3_and_its_reason(folder):
+    few = settings("train.num_steps=4", "checkpoint.every_steps=2")
+    hosts = Hosts(folder, "last", *SHORT, *few, count=2, devices=4, program=("-c", FAILING_COMMIT))
+    assert hosts.ends() == [3, 3], hosts.everything()
+    assert "error: checkpoint of step 4\n  was not saved: OSError: no rename" in hosts.said(0), hosts.everything()
+    assert re.search(r"error: process 0 \(.*\) left: checkpoint of step 4\n  was not saved", hosts.said(1))
+    assert committed_steps(folder / "last" / "checkpoints") == [2]
+    first, second = (re.findall(r"vote \d+", hosts.said(i)) for i in (0, 1))
+    assert first == second, "a vote that one process does not cast holds up the devices of the others"
+
+
 SLOW_SEAL = """
 import time
 from jaxlm import train
