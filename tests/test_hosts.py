@@ -86,6 +86,8 @@ def test_forty_gangs_lose_a_process_and_no_commit(folder):
     print(f"\n40 kills, {restarts} resumed, last from step {before}; the others gone after {max(took_s):.1f} s at most")
     print(f"with {Counter(codes)}")
     assert max(took_s) < 10 + 5
+    # jax's own service is faster now and then where process 0 is killed: 2 of 49 (docs/hosts.md)
+    assert set(codes) <= {3, -6} and codes.count(-6) <= len(codes) / 8, codes
 
 
 @pytest.mark.nightly
