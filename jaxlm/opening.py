@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.checkpoint.lock import RunLock
+from jaxlm.checkpoint.lock import STALE_S, RunLock
 from jaxlm.data.corpus import Corpus, evaluation_loaders, open_corpus, training_loader
 from jaxlm.data.loader import Loader
 from jaxlm.guards import Closing
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def take_lock(gang: Gang, stack: Closing, lock: RunLock) -> RunLock | None:
     """Process 0 holds the workdir for all of them; the others get None."""
-    with gang.together("locking the workdir"):
+    with gang.together("locking the workdir", limit_s=2 * STALE_S):  # another host's holder may have to grow old
         if gang.process != 0:
             return None
         gang.at_end.append(lock.__exit__)

@@ -119,9 +119,9 @@ def run(
             tuned = tune(gang, work.program, workdir)
         work = dataclasses.replace(work, program=tuned.program)
         config, program, corpus = work.resolved.config, work.program, work.corpus
-        store = stack.enter_context(open_store(config, workdir, lock))
+        store = stack.enter_context(open_store(config, workdir, lock, gang))
         ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
-        state, start = resume_or_begin(program, store, gang, progress.note)
+        state, start = resume_or_begin(program, store, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(work.held_out)
         agree(gang, {"restored step": start, "evaluation owed": owed})
         if start >= config.train.num_steps and not owed:
@@ -147,7 +147,7 @@ def run(
             progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
             made_with=provenance(config, facts),
         )  # fmt: skip
-        state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock)
+        state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock, gang=gang)
         ledger.enter("end")
         code = gang.settle("how the run ended", code, lambda codes: codes[0])  # it is process 0 that commits
         finish(work, state, workdir, folder, code, progress.note)
@@ -157,12 +157,13 @@ def run(
 
 
 def train_on(
-    loop: Loop, state: TrainState, start: int, *, owed: bool, folder: Path, lock: RunLock | None
+    loop: Loop, state: TrainState, start: int, *, owed: bool, folder: Path, lock: RunLock | None, gang: Gang
 ) -> tuple[TrainState, int]:
     """`loop.run`; where it ends with an error for the user, what is known by then is written down first."""
     try:
         return loop.run(state, start, owed=owed)
     except UserError:
+        gang.closes()
         loop.ledger.enter("end")
         if not (lock and lock.lost):  # else the folder is another run's
             loop.log.flush()
@@ -171,10 +172,10 @@ def train_on(
         raise
 
 
-def open_store(config: Config, workdir: Path, lock: RunLock | None) -> CheckpointStore:
+def open_store(config: Config, workdir: Path, lock: RunLock | None, gang: Gang) -> CheckpointStore:
     """The run's checkpoints, kept as the config has it."""
     kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
-    return CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock)
+    return CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock, gang=gang)
 
 
 def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Compiled, facts: dict) -> None:
@@ -183,15 +184,13 @@ def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Co
     write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
 
 
-def resume_or_begin(
-    program: Program, store: CheckpointStore, gang: Gang, note: Callable[[str], None]
-) -> tuple[TrainState, int]:
+def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
     """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
     like, _ = without_recent(abstract_state(program))
     saved_like = to_layers(program.pipe, like)
     for shortage in shortages(store.directory, saved_like):
         note(f"WARNING: {shortage}")
-    restored = store.restore_latest_good(saved_like, gang=gang)
+    restored = store.restore_latest_good(saved_like)
     if restored is None:
         return init_state(program), 0
     state = from_layers(program.pipe, restored.state, like)
@@ -265,9 +264,9 @@ class Loop:
                 self._announce_commits()
             self.ledger.enter("save", step=done)
         self.store.wait()
+        asked = self.asked() or 0  # a vote needs the devices of all processes, whatever each has saved
         self._announce_commits()
-        saved = done == 0 or self.store.committed_step == done
-        return state, (self.asked() or 0) if saved else Exit.UNUSABLE
+        return state, asked if done == 0 or self.store.committed_step == done else Exit.UNUSABLE
 
     def _next(self, batches: Prefetch, done: int, state: TrainState) -> Any:
         """The next batch. If its rows are bad, what was trained until here is kept before the error goes on."""
@@ -355,7 +354,7 @@ class Loop:
 
     def _write(self, record: dict) -> None:
         """A line of metrics.jsonl, while the folder is this run's."""
-        self.store.check_lock()
+        self.store.check()
         self.log.write(record)
 
     def _save(self, step: int, state: TrainState) -> None:
@@ -377,6 +376,7 @@ class Loop:
             else:
                 times = f" ({save.failures} in a row)" if save.failures > 1 else ""
                 self.progress.note(f"step {save.step}: ERROR, checkpoint not saved{times}: {save.error}")
+                self.store.check()
 
 
 def make_meter(facts: dict) -> StepMeter:

@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_forty_gangs_lose_a_process_and_no_commit(folder):
     print(f"\n40 kills, {restarts} resumed, last from step {before}; the others gone after {max(took_s):.1f} s at most")
     print(f"with {Counter(codes)}")
     assert max(took_s) < 10 + 5
+    # jax's own service is faster now and then where process 0 is killed: 2 of 49 (docs/hosts.md)
+    assert set(codes) <= {3, -6} and codes.count(-6) <= len(codes) / 8, codes
 
 
 @pytest.mark.nightly
@@ -176,6 +179,141 @@ def test_a_slow_host_is_named_and_one_that_hangs_in_its_restore_ends_the_run(fol
     hosts = Hosts(folder, "slow", *SHORT, *limits, count=2, devices=4, program=("-c", SLOW_RESTORE))
     assert hosts.ends() == [3, 3], hosts.everything()
     assert re.search(r"process 1 \(.*, pid \d+\) of 2 did not come to: reading \S+/checkpoints/12", hosts.said(0))
+
+
+FAILING_SAVES = """
+import os
+from jaxlm import train
+from jaxlm.checkpoint import store
+from jaxlm.settings import run_main
+me, saves, stage, save = os.environ["JAX_PROCESS_ID"], [], store.stage, train.Loop._save
+def stage_but_once(named):
+    saves.append(named.keys())
+    if me == "1" and len(saves) == 3:  # the second save, behind the rehearsal
+        raise OSError("no memory to pin")
+    return stage(named)
+def save_without_room(self, step, state):
+    ballast = self.store.directory.parent / "ballast"
+    if me == "0" and step == 6 and not ballast.exists():
+        with ballast.open("wb", buffering=0) as out:
+            try:
+                while out.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    save(self, step, state)
+store.stage, train.Loop._save = stage_but_once, save_without_room
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_a_save_that_one_process_cannot_stage_costs_a_step_and_a_full_disk_ends_all_at_once(folder):
+    """Mounts a file system of 3 MB, which takes root."""
+    disk, few = folder / "disk", settings("train.num_steps=8", "checkpoint.every_steps=2", "checkpoint.keep=1")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=True)
+    try:
+        hosts = Hosts(folder, "disk", *SHORT, *few, count=2, devices=4, program=("-c", FAILING_SAVES))
+        hosts.wait_for("step 6/")
+        begin = time.monotonic()
+        assert hosts.ends() == [3, 3], hosts.everything()
+        took_s = time.monotonic() - begin
+        assert re.search(r"step 4: ERROR, checkpoint not saved: process 1 \(.*\): OSError: no memory", hosts.said(0))
+        assert any("checkpoint of step 6\n  was not saved: OSError: [Errno 28]" in hosts.said(i) for i in (0, 1))
+        assert committed_steps(disk / "checkpoints") == [2] and took_s < 15, (took_s, hosts.everything())
+        (disk / "ballast").unlink()
+        hosts = Hosts(folder, "disk", *SHORT, *few, count=2, devices=4)
+        assert hosts.ends() == [0, 0] and "resumes after step 2" in hosts.said(0), hosts.everything()
+        print(f"\nboth left {took_s:.1f} s after the step whose save met a full disk")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+FAILING_COMMIT = """
+import os
+from jaxlm import train
+from jaxlm.checkpoint import layout
+from jaxlm.parallel.votes import Votes
+from jaxlm.settings import run_main
+commit, cast, votes = layout.commit, Votes.cast, []
+def failing(directory, step):
+    if step == 4:
+        raise OSError("no rename")
+    commit(directory, step)
+def counted(self, values):
+    votes.append(values)
+    print(f"vote {len(votes)}", flush=True)
+    return cast(self, values)
+layout.commit, Votes.cast = failing, counted
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_a_last_commit_that_fails_in_process_0_ends_all_with_3_and_its_reason(folder):
+    few = settings("train.num_steps=4", "checkpoint.every_steps=2")
+    hosts = Hosts(folder, "last", *SHORT, *few, count=2, devices=4, program=("-c", FAILING_COMMIT))
+    assert hosts.ends() == [3, 3], hosts.everything()
+    assert "error: checkpoint of step 4\n  was not saved: OSError: no rename" in hosts.said(0), hosts.everything()
+    assert re.search(r"error: process 0 \(.*\) left: checkpoint of step 4\n  was not saved", hosts.said(1))
+    assert committed_steps(folder / "last" / "checkpoints") == [2]
+    first, second = (re.findall(r"vote \d+", hosts.said(i)) for i in (0, 1))
+    assert first == second, "a vote that one process does not cast holds up the devices of the others"
+
+
+SLOW_SEAL = """
+import time
+from jaxlm import train
+from jaxlm.checkpoint import manifest
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.settings import run_main
+seal, read = manifest.seal, train.Loop._read_pending
+def slow(*args, **more):
+    time.sleep(5)
+    seal(*args, **more)
+def diverge(self):
+    if self._pending and self._pending[0] == 3:
+        raise UserError(Problem("step 3", "diverged", "lower it"), exit_code=Exit.DIVERGED)
+    read(self)
+manifest.seal, train.Loop._read_pending = slow, diverge
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_an_error_of_all_lets_process_0_commit_what_is_in_flight_and_have_its_own_words(folder):
+    every = settings("train.num_steps=50", "checkpoint.every_steps=2")
+    hosts = Hosts(folder, "sealed", *SHORT, *every, count=2, devices=4, program=("-c", SLOW_SEAL))
+    assert hosts.ends() == [4, 4], hosts.everything()
+    assert committed_steps(folder / "sealed" / "checkpoints") == [2], hosts.everything()
+    for i in (0, 1):
+        assert "error: step 3\n  diverged\n  lower it" in hosts.said(i) and "left:" not in hosts.said(i), i
+
+
+LATE_REHEARSAL = """
+import os, threading, time
+from jaxlm import compiled, train
+from jaxlm.checkpoint import checksum
+from jaxlm.settings import run_main
+me, stack, rehearse = os.environ["JAX_PROCESS_ID"], checksum._stack, compiled.rehearse
+def late_stack(sums):
+    time.sleep(8 if me == "1" and threading.current_thread() is not threading.main_thread() else 0)
+    return stack(sums)
+def late_rehearsal(state):
+    time.sleep(4 if me == "0" else 0)
+    rehearse(state)
+checksum._stack, compiled.rehearse = late_stack, late_rehearsal
+run_main(train.main)
+"""
+
+
+@pytest.mark.nightly
+def test_what_starts_in_the_background_meets_no_collective_of_the_start(folder):
+    """One process sums its first checksums before it rehearses sdc_check_every, the other behind it."""
+    few = settings("train.num_steps=2", "train.deterministic=true", "train.sdc_check_every=2")
+    hosts = Hosts(folder, "order", *SHORT, *few, count=2, devices=4, program=("-c", LATE_REHEARSAL))
+    assert hosts.ends(limit_s=90) == [0, 0], hosts.everything()
 
 
 @pytest.mark.nightly

@@ -38,6 +38,10 @@ try:
                     raise UserError(Problem("data.path", "is not there", "mend it"), exit_code=2)
         if then == "fail":
             raise RuntimeError("on fire")
+        if then in ("diverge", "diverge slowly"):
+            gang.closes()
+            time.sleep(1.6 if then == "diverge slowly" else 0)
+            raise UserError(Problem("step 3", "diverged", "lower it"), exit_code=4)
         if then == "wait":
             time.sleep(60)
 except UserError as error:
@@ -134,6 +138,7 @@ def test_who_is_gone_or_silent_is_named_and_the_others_leave_at_once(how, victim
 
 def test_one_that_fails_tells_why_and_errors_of_one_are_everybodys():
     failing, wrong, late = free_port(), free_port(), free_port()
+    same = [start(free_port(), (i, "diverge slowly"), (1 - i, "diverge")) for i in (0, 1)]
     gangs = [
         start(failing, (0, "wait"), (1, "fail")),
         start(wrong, (0, "right"), (1, "wrong")),
@@ -145,6 +150,10 @@ def test_one_that_fails_tells_why_and_errors_of_one_are_everybodys():
     assert codes == [2, 2] and "error 2 process 1 (n1): data.path | is not there | mend it" in said[0], said
     codes, said = ends(others[1])
     assert codes == [3, 3, 3] and "process 1 (n1) of 3 did not come to: restoring" in said[0], said
+    for gang in same:  # the slow one still closes when the other has left: with its own words, and no sooner
+        codes, said = ends(gang)
+        assert codes == [4, 4] and all(text.endswith("error 4 step 3 | diverged | lower it\n") for text in said), said
+        assert not any("last words" in text for text in said), said
 
 
 def test_the_odd_one_out_is_told_from_the_others():

@@ -84,5 +84,10 @@ def test_a_host_that_is_cut_off_ends_the_rest_within_its_heartbeat_and_the_rerun
     hosts.wait_for(f"resumes after step {last}")
     hosts.wait_for("checkpoint committed")
     hosts.processes[0].kill()
+    begin = time.monotonic()
     codes = hosts.ends(limit_s=60)
-    assert codes[0] == -9 and 0 not in codes, hosts.everything()
+    took_s = time.monotonic() - begin
+    print(f"killed: all gone after {took_s:.1f} s, exit codes {codes}")
+    assert codes[0] == -9 and set(codes[1:]) <= {3, -6} and took_s < HEARTBEAT_S, hosts.everything()
+    for i in (1, 2, 3):  # jax's own service may be faster than the words
+        assert codes[i] == -6 or "error: process 0 (jaxlm0) closed its connection" in hosts.said(i), hosts.everything()

@@ -31,7 +31,15 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
-    """The checksum of each array, in [0, 2^32); 0 for one without elements.
+    """The checksum of each array, in [0, 2^32); 0 for one without elements. Waits for all processes."""
+    found = own_sums(named)
+    if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(found).sum(0, dtype=np.uint32)
+    return {name: int(total) for name, total in zip(named, found)}
+
+
+def own_sums(named: Mapping[str, jax.Array]) -> np.ndarray:
+    """u32[len(named)]: what this process's devices add to each checksum. Waits for no other process.
 
     One small program for each shape, dtype and sharding, not one for the whole state: a state has a thousand arrays of twenty
     kinds, on as many sets of devices as a pipeline has stages, and its moments may rest in host memory, from where they visit
@@ -48,10 +56,7 @@ def checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
         table = _stack(list(sums.values()))
         parts = [np.asarray(shard.data) for shard in table.addressable_shards]
         totals |= zip(sums, np.concatenate(parts, axis=1).sum(1, dtype=np.uint32))
-    found = np.array([totals.get(name, 0) for name in named], np.uint32)
-    if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(found).sum(0, dtype=np.uint32)
-    return {name: int(total) for name, total in zip(named, found)}
+    return np.array([totals.get(name, 0) for name in named], np.uint32)
 
 
 @jax.jit

@@ -27,6 +27,7 @@ log = logging.getLogger("jaxlm.checkpoint")
 
 HEARTBEAT_S = 20.0
 STALE_S = 300.0  # a holder on another host that was silent for longer is gone
+LOOK_S = 1.0  # how often one looks whether it is
 NAME = re.compile(r"lock\.(\d+)")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -50,13 +51,17 @@ class Holder:
 class RunLock:
     """Holds `workdir` from entry to exit, or until the process ends however it ends.
 
+    Of a holder on another host only time tells whether it lives: entry waits until its heartbeat moves, and refuses, or until
+    it is too old, and takes over.
+
     force: take it from whoever has it; a run that is still alive there will write nothing more.
     Raises (on entry): UserError (exit code 3) naming host, process and heartbeat if another run holds it.
     """
 
     def __init__(self, workdir: Path, *, force: bool = False):
         self.workdir, self._force = Path(workdir), force
-        self._number = 0
+        self._number = 0  # 0: never held
+        self._beats: dict[int, float] = {}  # of other runs' locks, when first seen
         self._ended = threading.Event()
         self._gone = False
         self._looks = threading.Lock()
@@ -132,8 +137,9 @@ class RunLock:
     def _claim(self, own: Path) -> bool:
         """Makes `own` the next lock file. False if somebody was faster: look again."""
         newest = (self._numbers() or [0])[-1]
-        if newest and not self._force:
-            self._refuse_if_held(newest, own)
+        if newest and not self._force and not self._is_free(newest, own):
+            time.sleep(LOOK_S)
+            return False
         try:
             os.link(own, self._path(newest + 1))
         except FileExistsError:
@@ -144,23 +150,34 @@ class RunLock:
         self._number = newest + 1
         return True
 
-    def _refuse_if_held(self, number: int, own: Path) -> None:
+    def _is_free(self, number: int, own: Path) -> bool:
+        """Whether lock.`number` was given back or its holder is gone; False: can't be known yet.
+
+        Raises: UserError (exit code 3) if it is held.
+        """
         path = self._path(number)
         holder = _read(path)
         try:
             os.utime(own)
-            silent_s = max(own.stat().st_mtime - path.stat().st_mtime, 0.0)
+            beat_s = path.stat().st_mtime
+            silent_s = max(own.stat().st_mtime - beat_s, 0.0)
         except FileNotFoundError:
-            return  # tidied up by the holder of a larger number: the next look finds that one
+            return True  # tidied up by the holder of a larger number: the next look finds that one
         if holder is not None and holder.released:
-            return
+            return True
         alive = _alive(path) if holder is not None and holder.machine == self._holder.machine else None
-        if alive is None:
-            alive = silent_s <= STALE_S
         who = f"{holder.host}, pid {holder.pid}" if holder else f"a run unknown to {path.name}"
-        if not alive:
+        if alive is None and silent_s > STALE_S:
+            alive = False
+        if alive is None and not self._number:
+            if number not in self._beats:
+                wait = f"waiting for its next, {STALE_S - silent_s:.0f} s at most"
+                log.warning("%s: held by %s, last heartbeat %.0f s ago: %s", self.workdir, who, silent_s, wait)
+            if self._beats.setdefault(number, beat_s) == beat_s:
+                return False
+        if alive is False:
             log.warning("%s: taken over from %s, gone; last heartbeat %.0f s ago", self.workdir, who, silent_s)
-            return
+            return True
         since = f" since {holder.since}" if holder else ""
         rule = f"another process is training here{since}: {who}, last heartbeat {silent_s:.0f} s ago"
         remedy = "wait for it, stop it, or give this run another --workdir; --force-lock insists"

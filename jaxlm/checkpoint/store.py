@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import layout, manifest
-from jaxlm.checkpoint.checksum import checksums
+from jaxlm.checkpoint.checksum import own_sums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, silence_details
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
-from jaxlm.config import Problem, UserError
-from jaxlm.parallel.gang import Gang
+from jaxlm.config import Exit, Problem, UserError
+from jaxlm.parallel.gang import RERUN, Gang, Limits
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -53,21 +54,32 @@ class CheckpointStore:
     """Checkpoints of one run in one directory, written by this process (or gang of processes) alone.
 
     A step is committed by a rename once all of it is written: after `kill -9` at any time every step that was reported
-    committed is restorable, and what else is there is removed at the next start. Nothing here ends a run: a save that
-    fails is an outcome with its error, and the next one tries again.
+    committed is restorable, and what else is there is removed at the next start. A save that fails is an outcome with its
+    error, and the next one tries again. In a gang that holds until all have staged their parts; from there on Orbax waits in
+    one process for the others, and who fails has to leave: `check` raises.
 
     Args:
       directory: made if it is missing. Leftovers of killed saves in it are removed.
       retention: which committed steps stay; the others are deleted after each commit.
       lock: of the run, asked before each commit: once another run has taken over, nothing is committed.
+      gang: the processes that save together (None: this one alone).
 
     Raises: UserError if the directory cannot be made or listed.
     """
 
-    def __init__(self, directory: str | Path, *, retention: Retention = DEFAULT, lock: RunLock | None = None):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        retention: Retention = DEFAULT,
+        lock: RunLock | None = None,
+        gang: Gang | None = None,
+    ):
         self.directory = Path(directory).absolute()
         self._retention, self._lock = retention, lock
+        self._gang = gang or Gang(0, 1, "", name="", limits=Limits())
         self._closed = False
+        self._torn: UserError | None = None  # a save that failed here while the others go on with it
         self._failures = 0
         self._in_flight: Future[None] | None = None
         self._outcomes: deque[SaveOutcome] = deque()  # appended by the background thread, taken by poll
@@ -82,10 +94,10 @@ class CheckpointStore:
             problem = Problem(f"checkpoints in {self.directory}", str(error), "use another --workdir, or mend this one")
             raise UserError(problem) from error
 
-    def restore_latest_good(self, abstract_state: Any, *, gang: Gang | None = None) -> Restored | None:
+    def restore_latest_good(self, abstract_state: Any) -> Restored | None:
         """See `restore.restore_latest_good`. Damaged later steps make way, to abandoned/, when the next save begins: until
         then nothing has happened, and a disk that only stuttered loses nothing."""
-        restored = restore_latest_good(self.directory, abstract_state, gang=gang)
+        restored = restore_latest_good(self.directory, abstract_state, gang=self._gang)
         if restored is not None and restored.passed_over:
             self._passed_over, self._committed_step = restored.passed_over, restored.step
         return restored
@@ -99,8 +111,8 @@ class CheckpointStore:
 
         def rehearse() -> None:
             try:
-                checksums(named)
-                stage(named)
+                own_sums(named)
+                stage(named)  # like the sums without a word to other processes, whose main threads compute meanwhile
             except jax.errors.JaxRuntimeError as error:
                 log.warning("the state does not fit where saves copy it: %s", first_line(error))
 
@@ -117,8 +129,8 @@ class CheckpointStore:
             their `eval_loss`.
 
         Returns: True if a save was started.
-        Raises: UserError (exit code 3) if another run has taken over. UserError if a later step is committed already: a
-          restore would take that one; or if another run has committed `step` in this directory meanwhile.
+        Raises: UserError (exit code 3) as `check` does, or if a process does not come. UserError if a later step is committed
+          already: a restore would take that one; or if another run has committed `step` in this directory meanwhile.
         """
         assert not self._closed, "save after close"
         start = time.monotonic()
@@ -127,22 +139,31 @@ class CheckpointStore:
         for name, leaf in named.items():
             assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         self.wait()
-        self.check_lock()
+        self.check()
         if self._committed_step is not None and step <= self._committed_step:
             self._refuse_earlier(step)
             return False
         # The loop runs under transfer_guard("disallow"); this copy to the host is meant.
         with jax.transfer_guard("allow"):
+            staged, said = {}, None
             try:
                 self._make_way(step)
-                sums = checksums(named)
-                staged = stage(named)
-                leaves = {name: Leaf(str(x.dtype), x.shape, sums[name]) for name, x in named.items()}
-                # Orbax's start holds collectives where there are several processes: not in a thread beside a step's
-                response = self._begin(step, staged) if jax.process_count() > 1 else None
+                said, staged = own_sums(named).tolist(), stage(named)
             except (OSError, jax.errors.JaxRuntimeError) as error:
-                self._failed(step, error, start, time.monotonic() - start)
+                said = first_line(error)
+            sums = self._gang.settle(f"saving step {step}", said, self._total)
+            if isinstance(sums, str):
+                self._failed(step, sums, start, time.monotonic() - start)
                 return False
+            # Orbax's start holds collectives where there are several processes: not in a thread beside a step's
+            response = None
+            if self._gang.count > 1:
+                try:
+                    response = self._begin(step, staged)
+                except Exception as error:
+                    self._failed(step, first_line(error), start, time.monotonic() - start, torn=True)
+                    self.check()
+        leaves = {name: Leaf(str(x.dtype), x.shape, total) for (name, x), total in zip(named.items(), sums)}
         seal = lambda path: manifest.seal(path, step=step, leaves=leaves, metadata=note)  # noqa: E731
         blocked_s = time.monotonic() - start
         self._in_flight = self._background.submit(self._finish, step, staged, response, seal, start, blocked_s)
@@ -170,10 +191,13 @@ class CheckpointStore:
         """The newest step that is known to be restorable."""
         return self._committed_step
 
-    def check_lock(self) -> None:
-        """Raises UserError (exit code 3) if another run has taken over."""
+    def check(self) -> None:
+        """Raises UserError (exit code 3) if another run has taken over, or if this process of several failed in a save that
+        the others go on with: they wait for it until it leaves."""
         if self._lock is not None:
             self._lock.check()
+        if self._torn is not None:
+            raise self._torn
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -196,10 +220,10 @@ class CheckpointStore:
             (response or self._begin(step, staged)).result()
             if jax.process_index() == 0:
                 seal(layout.writing_path(self.directory, step))
-                self.check_lock()
+                self.check()
                 layout.commit(self.directory, step)
-        except Exception as error:  # whatever ended it, the run goes on and the next save may succeed
-            self._failed(step, error, start, blocked_s)
+        except Exception as error:  # whatever ended it, a run of one process goes on and the next save may succeed
+            self._failed(step, first_line(error), start, blocked_s, torn=self._gang.count > 1)
             return
         self._committed_step, self._failures = step, 0
         self._outcomes.append(SaveOutcome(step, None, time.monotonic() - start, blocked_s, 0))
@@ -209,11 +233,21 @@ class CheckpointStore:
             except OSError as error:
                 log.warning("%s: old checkpoints stay, it can't be read: %s", self.directory, error)
 
-    def _failed(self, step: int, error: Exception, start: float, blocked_s: float) -> None:
+    def _failed(self, step: int, error: str, start: float, blocked_s: float, *, torn: bool = False) -> None:
         if jax.process_index() == 0 and not (self._lock and self._lock.lost):  # else it is the other run's by now
             layout.remove_writing(self.directory, step)
         self._failures += 1
-        self._outcomes.append(SaveOutcome(step, first_line(error), time.monotonic() - start, blocked_s, self._failures))
+        if torn:
+            problem = Problem(f"checkpoint of step {step}", f"was not saved: {error}", f"mend that; {RERUN}")
+            self._torn = UserError(problem, exit_code=Exit.UNUSABLE)
+        self._outcomes.append(SaveOutcome(step, error, time.monotonic() - start, blocked_s, self._failures))
+
+    def _total(self, said: list[list[int] | str]) -> list[int] | str:
+        """The checksums of a state of which each process said its own sums; or why one that said a word has none."""
+        for process, sums in enumerate(said):
+            if isinstance(sums, str):
+                return f"process {process} ({self._gang.names[process]}): {sums}" if len(said) > 1 else sums
+        return np.array(said, np.uint32).sum(0, dtype=np.uint32).tolist()
 
     def _make_way(self, step: int) -> None:
         """Moves aside what stands where steps from here on will go: damaged ones passed over, and what is none."""

@@ -215,7 +215,7 @@ class Gang:
         self._answers: dict[str, Any] = {}
         self._heard, self._sending = threading.Condition(), threading.Lock()
         self._asked: dict[str, int] = {}
-        self._ending = False
+        self._ending = self._closing = False
         self.at_end: list[Callable[[], None]] = []  # called before this process ends because of another
 
     def __enter__(self) -> Gang:
@@ -290,6 +290,11 @@ class Gang:
             problems = (Problem(who + where, rule, remedy) for where, rule, remedy in said["problems"])
             raise UserError(*problems, exit_code=said["code"])
 
+    def closes(self) -> None:
+        """This process has an error of its own, and closes what is open before it leaves: others with the same error may be
+        gone before it has committed the last checkpoint."""
+        self._closing = True
+
     def _listen(self) -> socket.socket:
         port, alone = self._port, self.host in LOOPBACK
         try:
@@ -355,7 +360,8 @@ class Gang:
             except OSError:
                 received = b""
             if not received:
-                self._end(zero, "closed its connection, as a process does that was killed or failed")
+                if not self._closing:  # jax's service is gone too, and ends who waits for it
+                    self._end(zero, "closed its connection, as a process does that was killed or failed")
                 return
             seen_s, (*lines, waiting) = time.monotonic(), (waiting + received).split(b"\n")
             for message in map(json.loads, lines):
@@ -369,9 +375,13 @@ class Gang:
                         self._heard.notify_all()
 
     def _end(self, who: str, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
-        """Ends this process because another is gone, unless within wait_s it is ending by itself, of the same error say."""
+        """Ends this process because another is gone, unless within wait_s it is ending by itself, of the same error say.
+
+        Who leaves in order, which is where there is a wait_s, has done its part of all that a process `closes`; one that was
+        killed may be waited for in vain.
+        """
         time.sleep(wait_s)
-        if self._ending:
+        if self._ending or (self._closing and wait_s):
             return
         self._ending = True
         os.write(2, f"error: {who} {why}\n  without it the other processes can't go on\n  {RERUN}\n".encode())

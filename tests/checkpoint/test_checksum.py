@@ -97,6 +97,8 @@ def test_nothing_is_sent_between_devices(mesh):
     spec = P(("model", "fsdp"), "data")
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
     assert collectives(module._sums.lower(x, mesh, spec).compile().as_text(), mesh) == []
+    sums = jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
+    assert collectives(module._stack.lower([sums, sums]).compile().as_text(), mesh) == []
 
 
 def test_a_staged_copy_is_the_array_in_host_memory_each_part_once(mesh):

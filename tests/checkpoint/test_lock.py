@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,19 +95,35 @@ def on_another_host(path: Path, silent_s: float) -> None:
     os.utime(path, (then, then))
 
 
-def test_a_run_on_another_host_is_believed_until_its_heartbeat_is_five_minutes_old(tmp_path, caplog):
+def test_a_run_on_another_host_is_believed_until_its_heartbeat_is_five_minutes_old(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(lock, "LOOK_S", 0.02)
     with RunLock(tmp_path) as held:
-        on_another_host(tmp_path / "lock.1", silent_s=290)
-        with pytest.raises(UserError, match=r"far, pid \d+, last heartbeat 29\d s ago"):
-            RunLock(tmp_path).__enter__()
-        on_another_host(tmp_path / "lock.1", silent_s=310)
+        on_another_host(tmp_path / "lock.1", silent_s=298.5)
+        begin = time.monotonic()
         with RunLock(tmp_path) as taken:
+            assert 1 < time.monotonic() - begin < 5, "its next heartbeat is waited for, as long as there may be one"
+            assert re.search(
+                r"held by far, pid \d+, last heartbeat 29\d s ago: waiting for its next, . s at", caplog.text
+            )
             assert "taken over from far" in caplog.text
             taken.check()
             with pytest.raises(UserError, match="was taken over by .*: this run writes nothing more") as lost:
                 held.check()
             assert lost.value.exit_code == 3
     assert not (tmp_path / "lock.1").exists(), "who lost a lock leaves the winner's alone"
+
+
+def test_a_run_on_another_host_that_lives_is_told_by_its_next_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOOK_S", 0.02)
+    with RunLock(tmp_path):
+        on_another_host(tmp_path / "lock.1", silent_s=60)
+        beat = threading.Timer(0.3, os.utime, [tmp_path / "lock.1"])
+        beat.start()
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=r"training here since .*: far, pid \d+, last heartbeat 0 s ago") as no:
+            RunLock(tmp_path).__enter__()
+        assert no.value.exit_code == 3 and 0.2 < time.monotonic() - begin < 5
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock.1"]
 
 
 def test_the_heartbeat_is_renewed(tmp_path, monkeypatch):
