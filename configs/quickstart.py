@@ -1,7 +1,8 @@
 """A small GPT learns to write Python from the standard library's own source, which every Python carries: no download.
 
 Costs about three minutes on two CPU cores. Byte tokens, 4 layers of width 128 (0.8M parameters); the training loss falls
-from 5.4 to about 1.6 nats a byte: enough for keywords, indentation and half-words, not for sense.
+from 5.4 to about 1.6 nats a byte with Python 3.11's library, 1.8 with 3.12's: enough for keywords, indentation and half-words,
+not for sense.
 
   python -m jaxlm.train --config configs/quickstart.py
 """

@@ -1,4 +1,7 @@
-"""Loss of a trained model on text: `python -m jaxlm.evaluate --workdir DIR [--input FILE.jsonl | --data PREFIX]`."""
+"""Loss of a trained model on text: `python -m jaxlm.evaluate --workdir DIR [--input FILE.jsonl | --data PREFIX]`.
+
+Without text of yours, on all of the run's held-out part: more than the train.eval_batches of it that the run looked at.
+"""
 
 from __future__ import annotations
 

@@ -52,6 +52,10 @@ def open_work(gang: Gang, resolved: Resolved, workdir: Path, note: Callable[[str
     config = resolved.config
     with gang.together("comparing settings"):
         layout, made = open_mesh(config), last_made(workdir, note)
+        if not config.model.vocab_size:
+            # the data will say; what else does not fit the mesh is said before they are read
+            any_size = dataclasses.replace(config.model, vocab_size=config.model.vocab_multiple * layout.mesh.size)
+            make_program(dataclasses.replace(config, model=any_size), layout)
         if made is not None:
             made.compare_settings(config, layout.mesh.shape, note)
     settings = dict(flatten(dataclasses.asdict(config)))

@@ -76,7 +76,7 @@ def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tupl
     asked = f"pipeline.microbatches={M}" + ("" if settings.microbatches else " (4 a stage, the default)")
     over = f"train.batch_size / train.accumulate = {rows} rows"
     need(rows % (M * shards) == 0, asked, f"does not split {over}, split over {shards} devices already",
-         f"use rows that are a multiple of {M * shards}, or other microbatches")  # fmt: skip
+         f"use a train.batch_size that is a multiple of {M * shards * train.accumulate}, or other microbatches")  # fmt: skip
     need(M >= P, asked, f"leaves some of mesh.pipeline={P} stages without work", f"use {P} or more")
     need(
         R == 1 or M % P == 0, asked, f"with repeats they pass in groups of mesh.pipeline={P}", f"use a multiple of {P}"

@@ -116,7 +116,7 @@ def run(
         stop = stack.enter_context(StopSignals(progress.note if lock else print))
         work = open_work(gang, resolved, workdir, progress.note)
         with ledger.during("compile"):
-            tuned = tune(gang, work.program, workdir)
+            tuned = tune(gang, work.program, workdir, progress.note)
         work = dataclasses.replace(work, program=tuned.program)
         config, program, corpus = work.resolved.config, work.program, work.corpus
         store = stack.enter_context(open_store(config, workdir, lock, gang))
@@ -125,7 +125,8 @@ def run(
         owed = owes_evaluation(config, workdir, start) and bool(work.held_out)
         agree(gang, {"restored step": start, "evaluation owed": owed})
         if start >= config.train.num_steps and not owed:
-            progress.note(f"already at step {start}: raise train.num_steps to go on")
+            insist = "" if config.optim.schedule == "constant" else ", with --config.resume.allow=train.num_steps"
+            progress.note(f"already at step {start}: raise train.num_steps to go on{insist}")
             note_report(folder, progress.note)  # the run may have been killed between its last save and its report
             return 0
         if told := gang.settle("ready to compile", stop.exit_code or 0, max):
@@ -148,6 +149,7 @@ def run(
             made_with=provenance(config, facts),
         )  # fmt: skip
         state, code = train_on(loop, state, start, owed=owed, folder=folder, lock=lock, gang=gang)
+        progress.rest()
         ledger.enter("end")
         code = gang.settle("how the run ended", code, lambda codes: codes[0])  # it is process 0 that commits
         finish(work, state, workdir, folder, code, progress.note)

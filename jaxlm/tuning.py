@@ -51,15 +51,20 @@ class Tuned:
         tried = []
         for remat, way in self.facts["tried"].items():
             needs = f"{way['memory_bytes'] / 2**30:.2f} GiB" if way["memory_bytes"] else "memory unknown"
-            took = way["step_s"]
-            tried.append(f"{remat} {needs}: does not fit" if took is None else f"{remat} {1e3 * took:.1f} ms {needs}")
+            took = "does not fit" if way["step_s"] is None else f"{1e3 * way['step_s']:.1f} ms"
+            tried.append(f"{_short(remat)} {took}, {needs}")
         how = "measured" if self.steps else "remembered"
         return f"{self.facts['chosen']}, {how} ({'; '.join(tried)})"
 
 
+def _short(remat: str) -> str:
+    return remat if "," not in remat else f"{remat.count('=')} names kept"
+
+
 def tune(
-    gang: Gang, program: Program, workdir: Path, *, ways: Sequence[str] = (), limit_bytes: int | None = None
-) -> Tuned:
+    gang: Gang, program: Program, workdir: Path, note: Callable[[str], None] = lambda _: None,
+    *, ways: Sequence[str] = (), limit_bytes: int | None = None,
+) -> Tuned:  # fmt: skip
     """`program` with a model.remat of auto replaced by the fastest way that fits, in all processes alike.
 
     ways: to try, the last the one that needs least memory (none: `candidates`).
@@ -73,7 +78,9 @@ def tune(
     facts = gang.settle("what is remembered of model.remat", remembered(workdir, file, key), lambda found: found[0])
     if facts is not None and facts["chosen"] in facts["tried"]:
         return Tuned(with_remat(program, facts["chosen"]), facts)
-    tried, compiled = measure(gang, program, ways or candidates(config), limit_bytes)
+    ways = ways or candidates(config)
+    note(f"remat: compiling and timing a step in {len(ways)} ways: {', '.join(map(_short, ways))}")
+    tried, compiled = measure(gang, program, ways, limit_bytes)
     chosen = min(reversed(tried), key=lambda remat: tried[remat]["step_s"] or float("inf"))  # the last if none fits
     facts = {"key": key, "chosen": chosen, "tried": tried}
     if gang.process == 0:

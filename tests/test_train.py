@@ -465,3 +465,13 @@ def test_token_sets_are_known_by_what_they_hold_and_not_by_where_they_lie(folder
         assert "resume.allow=data.train" in str(caught.value) and other in str(caught.value)
     with pytest.raises(UserError, match="data.eval"):  # then all of the set would be trained on
         run(f"data.train={prefix}", "train.num_steps=6", f"data.eval={prefix}")
+
+
+def test_what_does_not_fit_the_mesh_is_said_before_data_are_read(tmp_path):
+    folder = make_folder(tmp_path)
+    heads = ("mesh.model=4", "mesh.fsdp=2", "mesh.data=1", "model.num_heads=4", "model.num_kv_heads=2")
+    layers = ("mesh.pipeline=2", "mesh.data=4", "mesh.fsdp=1", "pipeline.stage_layers=1,7")
+    for wrong, said in ((heads, "model.num_kv_heads"), (layers, "does not add up")):
+        with pytest.raises(UserError, match=said):
+            train.main(command(folder, "refused", *settings(*wrong)))
+    assert not (folder / "refused" / "data").exists()

@@ -55,7 +55,7 @@ def test_of_the_ways_that_fit_the_fastest_is_taken(found, none_bytes):
     assert [*found.steps] == [(8, 128)] and memory_bytes(found.steps[8, 128]) < none_bytes
     assert tried["none"] == {"memory_bytes": none_bytes, "step_s": None}
     said = str(found)
-    assert f"none {none_bytes / 2**30:.2f} GiB: does not fit" in said and "measured" in said
+    assert f"none does not fit, {none_bytes / 2**30:.2f} GiB" in said and "measured" in said
     assert all(f"{remat} {1e3 * took:.1f} ms" in said for remat, took in fit.items())
 
 

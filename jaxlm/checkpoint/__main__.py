@@ -7,6 +7,7 @@ Reads what a checkpoint says of itself; the model and its devices are not needed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -137,7 +138,7 @@ def export(args: argparse.Namespace) -> int:
 def prune(args: argparse.Namespace) -> int:
     """Says which checkpoints the run's retention does not keep; with --delete, deletes them."""
     directory = args.workdir / "checkpoints"
-    with RunLock(args.workdir):
+    with RunLock(args.workdir) if args.delete else contextlib.nullcontext():
         doomed = superseded(directory, _retention(directory, args))
         if args.delete:
             layout.remove(directory, doomed)

@@ -90,13 +90,18 @@ class Progress:
             if self._record is not None:
                 self._show(self._record)
 
-    def close(self) -> None:
-        """Shows the last record if it was held back, and leaves the cursor on a new line."""
+    def rest(self) -> None:
+        """Shows the last record if it was held back, and leaves the cursor on a new line: what is noted now comes after it."""
         with self._lock:
             if self._record is not None and not self._record_is_shown:
                 self._show(self._record)
             if self._is_live and self._num_shown:
                 self._write("\n")
+            self._record, self._num_shown = None, 0
+
+    def close(self) -> None:
+        with self._lock:
+            self.rest()
             self._stream = None
 
     def _show(self, record: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ RULES = (
 
 KEYS = {  # the setting that decides a dim's size
     "embed": "model.embed_dim", "vocab": "model.vocab_multiple", "position": "model.max_seq_len", "mlp": "model.mlp_dim",
-    "heads": "model.num_heads", "kv_heads": "model.num_kv_heads", "head": "model.head_dim", "channel": "model.embed_dim",
+    "heads": "model.num_heads", "kv_heads": "model.num_kv_heads (or num_heads)", "head": "model.head_dim",
+    "channel": "model.embed_dim",
     "residual": "train.seq_len", "seq": "train.seq_len", "batch": "train.batch_size",
 }  # fmt: skip
 
