@@ -80,13 +80,14 @@ def test_forty_gangs_lose_a_process_and_no_commit(folder):
         assert ended[victim] == -9 and 0 not in ended, hosts.everything()
         others = [i for i in range(count) if i != victim]
         codes += [ended[i] for i in others]
-        assert all(f"error: process {victim} (" in hosts.said(i) or ended[i] != 3 for i in others), hosts.everything()
+        gone = [victim, *(i for i in others if ended[i] == -6)]  # aborted in C++: jax's service or gloo was faster
+        told = "|".join(f"error: process {i} \\(" for i in gone)
+        assert all(re.search(told, hosts.said(i)) or ended[i] != 3 for i in others), hosts.everything()
         restarts += resumed > 0
     assert checkpoint_command(["verify", str(folder / "killed")]) == 0
     print(f"\n40 kills, {restarts} resumed, last from step {before}; the others gone after {max(took_s):.1f} s at most")
     print(f"with {Counter(codes)}")
     assert max(took_s) < 10 + 5
-    # jax's own service is faster now and then where process 0 is killed: 2 of 49 (docs/hosts.md)
     assert set(codes) <= {3, -6} and codes.count(-6) <= len(codes) / 8, codes
 
 

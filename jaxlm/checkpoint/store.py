@@ -25,7 +25,7 @@ from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, 
 from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Exit, Problem, UserError
-from jaxlm.parallel.gang import RERUN, Gang, Limits
+from jaxlm.parallel.gang import LEAVE_S, RERUN, Gang, Limits
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -197,6 +197,7 @@ class CheckpointStore:
         if self._lock is not None:
             self._lock.check()
         if self._torn is not None:
+            time.sleep(2 * LEAVE_S)  # it may have failed because another is gone: who that was is on its way
             raise self._torn
 
     def __enter__(self) -> CheckpointStore:

@@ -137,6 +137,7 @@ def test_in_a_gang_a_part_that_was_not_staged_is_everybodys_failure_and_one_not_
             return told, error.value.exit_code
 
     full = threading.Event()
+    monkeypatch.setattr(store, "LEAVE_S", 0.1)
     monkeypatch.setattr(store, "stage", stage)
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(save, (0, 1))) == [(["process 1 (n1): OSError: no room", None], 3)] * 2
