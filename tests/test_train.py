@@ -66,7 +66,7 @@ def test_a_run_learns_and_leaves_what_its_user_reads(unbroken, capsys):
     assert manifest.read(unbroken / "checkpoints" / "21").metrics == {}
 
 
-def test_a_pipeline_saves_stops_resumes_samples_and_goes_on_without_one(folder, capsys):
+def test_a_pipeline_saves_samples_and_goes_on_without_one(folder, capsys):
     """With repeats, moments in host memory, and a width that fsdp could not split over the stages' devices as well."""
     shape = ("model.num_layers=4", "model.embed_dim=36", "model.vocab_multiple=4", "checkpoint.every_steps=2")
     more = [
@@ -75,10 +75,10 @@ def test_a_pipeline_saves_stops_resumes_samples_and_goes_on_without_one(folder, 
     pipe = ("mesh.pipeline=-1", "pipeline.microbatches=4", "pipeline.repeats=2", "train.accumulate=1")
     staged = [f"--config.{key}" for key in ("mesh.data=1", "mesh.fsdp=4", *pipe, "optim.offload=true")]
     plain = [f"--config.{key}" for key in ("mesh.data=2", "mesh.fsdp=2", "mesh.model=2", "train.accumulate=4")]
-    for steps, mesh in (("4", staged), ("6", staged), ("8", plain)):
+    for steps, mesh in (("4", staged), ("8", plain)):
         assert train.main(command(folder, "staged", *more, *mesh, f"--config.train.num_steps={steps}")) == 0
     out = capsys.readouterr().out
-    assert "1f1b, 2 stages, 2 repeats of 1 layers, 4 microbatches" in out and out.count("the model's writing") == 3
+    assert "1f1b, 2 stages, 2 repeats of 1 layers, 4 microbatches" in out and out.count("the model's writing") == 2
     assert (
         train.main(
             command(folder, "plain", *more, *plain, "--config.train.num_steps=8", "--config.log.sample_tokens=0")
