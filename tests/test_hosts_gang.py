@@ -185,7 +185,7 @@ def test_launchers_are_told_apart_and_no_gpu_is_left_behind():
     def slurm(**more):
         return find_place(env=SLURM | more, gpus=8)
 
-    assert slurm() == Place(5, 10, "node003:61552", "SLURM", (4, 5, 6, 7))
+    assert slurm() == Place(5, 10, "node003:61664", "SLURM", (4, 5, 6, 7))
     one_each = dict(SLURM_STEP_NUM_TASKS="5", SLURM_STEP_TASKS_PER_NODE="1(x5)", SLURM_PROCID="2", SLURM_LOCALID="0")
     assert slurm(**one_each).gpus is None  # one task a node: all of them
     assert slurm(SLURM_GPUS_PER_TASK="4").gpus is None  # SLURM has dealt them out
@@ -195,10 +195,10 @@ def test_launchers_are_told_apart_and_no_gpu_is_left_behind():
         "rack[1-2]node[01,03],x": "rack1node01",
         "n[01-02]-ib": "n01-ib",
     }.items():
-        assert slurm(SLURM_STEP_NODELIST=nodes).address == f"{first}:61552"
+        assert slurm(SLURM_STEP_NODELIST=nodes).address == f"{first}:61664"
     one_node = dict(SLURM_STEP_TASKS_PER_NODE="10", SLURM_NODEID="0", SLURM_STEP_NODELIST="n1")
-    assert slurm(**one_node).address == "127.0.0.1:61552"
-    assert find_place(env=OMPI, gpus=8) == Place(3, 4, "10.96.0.1:62624", "Open MPI", (4, 5, 6, 7))
+    assert slurm(**one_node).address == "127.0.0.1:61664"
+    assert find_place(env=OMPI, gpus=8) == Place(3, 4, "10.96.0.1:63808", "Open MPI", (4, 5, 6, 7))
     assert find_place(env=K8S, gpus=8) == Place(1, 2, "run-0-0.run:1234", "Kubernetes")
     assert find_place("a:1", 2, 0, env=SLURM | OMPI) == Place(0, 2, "a:1", "the command line")
     assert find_place(env=SLURM | OMPI, gpus=8).found == "Open MPI"  # which SLURM may have started

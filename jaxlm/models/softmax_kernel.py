@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import triton as plgpu
 
 TILE, WARPS = 4096, 8
 
@@ -42,7 +42,7 @@ def softmax_terms(
         grid=(N,),
         out_shape=(row, row, *(gradient * [jax.ShapeDtypeStruct((N, V), logits_NV.dtype)])),
         input_output_aliases={0: 2} if gradient else {},
-        compiler_params=triton.CompilerParams(num_warps=WARPS),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS),
         interpret=interpret,
         name="cross_entropy",
     )(logits_NV, labels_N, weights_N)
@@ -59,7 +59,7 @@ def _row(
     def tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(columns, their logits) of tile i."""
         columns_W = i * W + jnp.arange(W)
-        x_W = triton.load(logits.at[n, pl.ds(i * W, W)], mask=columns_W < vocab_size, other=-jnp.inf)
+        x_W = plgpu.load(logits.at[n, pl.ds(i * W, W)], mask=columns_W < vocab_size, other=-jnp.inf)
         return columns_W, x_W.astype(jnp.float32)
 
     def add(i: jax.Array, running: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -68,13 +68,13 @@ def _row(
         higher = jnp.maximum(top, x_W.max())
         return higher, total * jnp.exp(top - higher) + jnp.exp(x_W - higher).sum()
 
-    label, weight = triton.load(labels.at[n]), triton.load(weights.at[n])
-    own = triton.load(logits.at[n, label]).astype(jnp.float32)  # before the loop, whose sums keep the warps together
+    label, weight = plgpu.load(labels.at[n]), plgpu.load(weights.at[n])
+    own = plgpu.load(logits.at[n, label]).astype(jnp.float32)  # before the loop, whose sums keep the warps together
     start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
     top, total = jax.lax.fori_loop(0, num_tiles, add, start)
     z = top + jnp.log(total)
-    triton.store(z_out.at[n], z)
-    triton.store(label_out.at[n], own)
+    plgpu.store(z_out.at[n], z)
+    plgpu.store(label_out.at[n], own)
     slope = 1 + 2 * z_loss * z
 
     if dlogits is None:
@@ -83,6 +83,6 @@ def _row(
     def write(i: jax.Array, _: None) -> None:
         columns_W, x_W = tile(i)
         dx_W = weight * (jnp.exp(x_W - z) * slope - (columns_W == label).astype(jnp.float32))
-        triton.store(dlogits.at[n, pl.ds(i * W, W)], dx_W.astype(dlogits.dtype), mask=columns_W < V)
+        plgpu.store(dlogits.at[n, pl.ds(i * W, W)], dx_W.astype(dlogits.dtype), mask=columns_W < V)
 
     jax.lax.fori_loop(0, num_tiles, write, None)

@@ -56,12 +56,12 @@ class Launcher:
 
 
 def _slurm_address(env: Mapping[str, str]) -> str:
-    """The first host of the step, and a port by job and step."""
+    """The first host of the step, and an even port by job and step: the one after it is jax's."""
     hosts = re.match(
         r"(?:[^,[]|\[[^]]*\])*", env["SLURM_STEP_NODELIST"]
     )  # rack[1-2]node[01,03],x1: up to the comma outside
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", hosts[0] if hosts else "")
-    return f"{first}:{61440 + (int(env['SLURM_JOB_ID']) * 16 + int(env.get('SLURM_STEP_ID', 0))) % 4096}"
+    return f"{first}:{61440 + (int(env['SLURM_JOB_ID']) * 16 + int(env.get('SLURM_STEP_ID', 0))) * 2 % 4096}"
 
 
 def _slurm_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
@@ -73,9 +73,9 @@ def _slurm_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
 
 
 def _ompi_address(env: Mapping[str, str]) -> str:
-    """The host of mpirun, and a port by its job number; Open MPI 5 does not say it."""
+    """The host of mpirun, and an even port by its job number; Open MPI 5 does not say it."""
     found = re.match(r"(\d+)\.\d+;tcp6?://\[?([^],]+?)[],]?[,:]", env.get("OMPI_MCA_orte_hnp_uri", ""))
-    return f"{found[2]}:{61440 + int(found[1]) // 4096 % 4096}" if found else ""
+    return f"{found[2]}:{61440 + int(found[1]) // 4096 * 2 % 4096}" if found else ""
 
 
 def _ompi_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
@@ -167,11 +167,9 @@ def join(place: Place, limits: Limits) -> Iterator[Gang]:
                     heartbeat_timeout_seconds=int(limits.heartbeat_s + JAX_LATER_S),
                 )  # fmt: skip
             except RuntimeError as e:
-                rule, remedy = (
-                    str(e).partition("\n")[0],
-                    "name an address whose port and the next one are free on host 0",
-                )
-                raise UserError(Problem(f"jax on port {port}", rule, remedy), exit_code=Exit.UNUSABLE) from e
+                remedy = "name an address whose port and the next one are free on host 0"
+                problem = Problem(f"jax on port {port}", str(e).partition("\n")[0], remedy)
+                raise UserError(problem, exit_code=Exit.UNUSABLE) from e
         yield gang
         if place.count > 1:
             gang.settle("leaving jax")  # whoever fails before has said so, and nobody waits for it in C++

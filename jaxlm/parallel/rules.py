@@ -200,7 +200,7 @@ class Layout:
                 over = "*".join(f"mesh.{axis}" for axis in axes)
                 text = f"dim {dim!r} of {name} has {size} entries"
                 remedy = f"set {KEYS[dim]} to a multiple of {parts}, or lower {over}"
-                if dim == "vocab":  # another multiple is another table, which a checkpoint does not have
+                if dim == "vocab" and "pipeline" in axes:  # another multiple is a table that a checkpoint does not have
                     remedy += "; to keep a checkpoint's table: mesh.rules='vocab=model/model'"
                 raise UserError(Problem(text, f"does not split over {over} = {parts}", remedy))
 
