@@ -224,7 +224,7 @@ def activations(layout: Layout, draw: Draw) -> Iterator[Case]:
         of = range(functions[function])
         yield Case(
             f"{kernel.name} {function.__name__} {dtype} {R}x{F}",
-            partial(activate, How(function, kernel, layout)),
+            partial(activate, How(function, kernel, layout, biased=True)),
             lambda sums, biases, function=function: function(*map(jnp.add, sums, biases)),
             (tuple(draw((1, R, F), dtype) for _ in of), tuple(draw((F,)) for _ in of)),
             roundings=8 if dtype == "bfloat16" else 20,  # in float32 each operation of a derivative

@@ -1,5 +1,5 @@
 # Dims: R rows of one device (positions of all its sequences), F its share of the hidden width.
-"""An activation's backward and the gradients of its biases in one pass over memory (Pallas, Triton).
+"""An activation's backward and the gradients of its sums' biases in one pass over memory (Pallas, Triton).
 
 A program walks down a strip of columns and keeps their sums. It sees one device's arrays and knows no mesh.
 """
@@ -20,49 +20,45 @@ PROGRAMS = 792  # six for each of an H100's multiprocessors
 
 
 def activation_backward(
-    function: Callable, sums: tuple[jax.Array, ...], biases: tuple[jax.Array, ...], dact: jax.Array, *, interpret: bool
+    function: Callable, sums: tuple[jax.Array, ...], dact: jax.Array, *, interpret: bool
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """(d sums, each as its sum; d biases, f32[F]) of function(sum + bias, ...), computed in float32.
+    """(d sums, each as its sum; these added up over all but their last dim, f32[F]) of function(*sums), in float32.
 
-    function: of one array a sum, entry by entry.   sums, dact: [..., F].   biases: f32[F].
+    function: of one array a sum, entry by entry.   sums, dact: [..., F].
     """
     F = dact.shape[-1]
     dact_RF, *sums_RF = (a.reshape(-1, F) for a in (dact, *sums))
     R, strips = dact_RF.shape[0], pl.cdiv(F, COLUMNS)
     steps = pl.cdiv(R * strips, ROWS * PROGRAMS)
     programs = pl.cdiv(R, ROWS * steps)
-    vector = pl.BlockSpec((COLUMNS,), lambda strip, i: (strip,))
     partial_sums = pl.BlockSpec((None, COLUMNS), lambda strip, i: (i, strip))
     rows = pl.BlockSpec((ROWS * steps, COLUMNS), lambda strip, i: (i, strip))
     dsums_RF, partials = pl.pallas_call(
         partial(_backward, function=function, R=R, F=F, steps=steps),
         grid=(strips, programs),
-        in_specs=(rows, [rows for _ in sums], [vector for _ in biases]),
-        out_specs=([rows for _ in sums], [partial_sums for _ in biases]),
+        in_specs=(rows, [rows for _ in sums]),
+        out_specs=([rows for _ in sums], [partial_sums for _ in sums]),
         out_shape=(
             [jax.ShapeDtypeStruct((R, F), a.dtype) for a in sums],
-            [jax.ShapeDtypeStruct((programs, F), jnp.float32) for _ in biases],
+            [jax.ShapeDtypeStruct((programs, F), jnp.float32) for _ in sums],
         ),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS),
         interpret=interpret,
         name="activation_backward",
-    )(dact_RF, sums_RF, list(biases))
+    )(dact_RF, sums_RF)
     return tuple(d.reshape(dact.shape) for d in dsums_RF), tuple(p.sum(0) for p in partials)
 
 
 def _backward(
-    dact: Any, sums: list, biases: list, dsums: list, partials: list,
-    *, function: Callable, R: int, F: int, steps: int,
+    dact: Any, sums: list, dsums: list, partials: list, *, function: Callable, R: int, F: int, steps: int,
 ) -> None:  # fmt: skip
     columns = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS) < F
     first = pl.program_id(1) * ROWS * steps
-    bias = [_read(ref, columns)[None] for ref in biases]
 
     def step(i: Any, totals: list[jax.Array]) -> list[jax.Array]:
         here = pl.ds(i * ROWS, ROWS)
         inside = (first + i * ROWS + jnp.arange(ROWS) < R)[:, None] & columns[None]
-        biased = [_read(ref.at[here, :], inside) + b for ref, b in zip(sums, bias)]
-        grads = jax.vjp(function, *biased)[1](_read(dact.at[here, :], inside))
+        grads = jax.vjp(function, *(_read(ref.at[here, :], inside) for ref in sums))[1](_read(dact.at[here, :], inside))
         for ref, d in zip(dsums, grads):
             plgpu.store(ref.at[here, :], d.astype(ref.dtype), mask=inside)
         return [total + d for total, d in zip(totals, grads)]  # entry by entry: threads meet once, at the end

@@ -40,14 +40,15 @@ class Attention(nnx.Module):
         """The branch's output before out_bias, [B, T, D]. With a key, dropout on the attention weights is on; with the place
         where each token's document starts in its row, a query sees keys of its own document only."""
         q_BTNH, k_BSKH, v_BSKH = self.products.columns(x_BTD, self.query, self.key, self.value)
-        q_BTNH, k_BSKH = add_bias(q_BTNH, self.query_bias), add_bias(k_BSKH, self.key_bias)
+        q_BTNH = add_bias(q_BTNH, self.query_bias)
         v_BSKH = checkpoint_name(add_bias(v_BSKH, self.value_bias), "value")
         layout, model, T = self.layout, self.model, q_BTNH.shape[1]
         row_len = layout.whole("seq", T)
         if model.position == "rope":
             # angles matter by their differences: the same in a document wherever it starts
             turn = partial(rotate, theta=model.rope_theta, first=layout.first("seq", T), row_len=row_len)
-            q_BTNH, k_BSKH = turn(q_BTNH), turn(k_BSKH)
+            q_BTNH, k_BSKH = turn(q_BTNH), turn(add_bias(k_BSKH, self.key_bias))
+        # else softmax does not see what is added to all keys: key_bias has no gradient rather than one of rounding alone
         q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         kernel = choose_attention(model, layout.platform, documents=starts_BT is not None).kernel
         method = choose_context(layout, model, row_len).method

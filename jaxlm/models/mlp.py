@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.models.activation_kernel import activation_backward
 from jaxlm.models.kernels import Choice, choose, triton_refuses
-from jaxlm.models.params import add_bias, array, products, vector, weight
+from jaxlm.models.params import add_bias, products, vector, weight
 from jaxlm.parallel.rules import Layout
 
 
@@ -37,15 +37,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """The branch's output before down_bias, [B, T, D]."""
-        kernel, biases = choose_activation(self.model, self.layout).kernel, (array(self.up_bias),)
+        kernel = choose_activation(self.model, self.layout).kernel
+        biases = tuple(bias[...] for bias in (self.up_bias, self.gate_bias) if bias is not None)
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
-            how, sums = How(gelu, kernel, self.layout), (checkpoint_name(up_BTF, "mlp_up"),)
+            function, sums = gelu, (checkpoint_name(up_BTF, "mlp_up"),)
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
-            how, biases = How(swiglu, kernel, self.layout), (*biases, array(self.gate_bias))
-            sums = checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate")
-        return self.products.rows(checkpoint_name(activate(how, sums, biases), "mlp_act"), self.down)
+            function, sums = swiglu, (checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate"))
+        act_BTF = activate(How(function, kernel, self.layout, self.model.use_bias), sums, biases)
+        return self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down)
 
 
 def gelu(up: jax.Array) -> jax.Array:
@@ -58,7 +59,8 @@ def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class ActivationKernel:
-    """backward: (How, sums, biases, d activation) -> (d sums, d biases in float32), over whole arrays.
+    """backward: (How, sums with their biases added, d activation) -> (d sums, their sums over rows and positions in float32
+      where How.biased, else none), over whole arrays.
     refuses: (model config, layout) -> None if it serves, else the reason."""
 
     name: str
@@ -67,49 +69,51 @@ class ActivationKernel:
 
 
 class How(NamedTuple):
-    """What an activation is of its sums, and on what its backward runs."""
+    """What an activation is of its sums, on what its backward runs, and whether the sums have biases."""
 
     function: Callable[..., jax.Array]
     kernel: ActivationKernel
     layout: Layout
+    biased: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate(how: How, sums: tuple[jax.Array, ...], biases: tuple[jax.Array | None, ...]) -> jax.Array:
-    """The activation of sums [B, T, F] plus their biases: one pass over memory, and the backward keeps the sums alone."""
-    return how.function(*map(add_bias, sums, biases))
+def activate(how: How, sums: tuple[jax.Array, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
+    """The activation of sums [B, T, F] plus their biases [F], a bias a sum or none at all; its backward keeps the sums."""
+    return _activate_forward(how, sums, biases)[0]
 
 
 def _activate_forward(how: How, sums: tuple, biases: tuple) -> tuple:
-    return activate(how, sums, biases), (sums, biases)
+    # cuBLAS adds the bias, forms GELU and writes both before the product leaves its registers (BIAS_GELU_AUX)
+    sums = tuple(map(add_bias, sums, biases)) if how.biased else sums
+    return how.function(*sums), sums
 
 
-def _activate_backward(how: How, saved: tuple, dact_BTF: jax.Array) -> tuple:
-    return how.kernel.backward(how, *saved, dact_BTF)
+def _activate_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+    return how.kernel.backward(how, sums, dact_BTF)
 
 
 activate.defvjp(_activate_forward, _activate_backward)
 
 
-def _xla_backward(how: How, sums: tuple, biases: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
-    sums, biases = jax.lax.optimization_barrier((sums, biases))  # or what the forward formed in between is kept for it
-    dsums = jax.vjp(how.function, *map(add_bias, sums, biases))[1](dact_BTF)
+def _xla_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+    sums = jax.lax.optimization_barrier(sums)  # or what the forward formed in between is kept for it
+    dsums = jax.vjp(how.function, *sums)[1](dact_BTF)
     dsums = jax.lax.optimization_barrier(dsums)  # or the compiler writes them in float32, for the sums below
-    dbiases = [None if b is None else d.astype(jnp.float32).sum((0, 1)) for d, b in zip(dsums, biases)]
-    return tuple(dsums), tuple(dbiases)
+    return dsums, tuple(d.astype(jnp.float32).sum((0, 1)) for d in dsums) if how.biased else ()
 
 
-def _pallas_backward(how: How, sums: tuple, biases: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+def _pallas_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+    assert how.biased
     layout = how.layout
     over = () if layout.inside else layout.split("batch", "seq")  # inside, finish_gradient adds them up
 
-    def local(sums: tuple, biases: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
-        interpret = layout.platform != "gpu"
-        dsums, dbiases = activation_backward(how.function, sums, biases, dact_BTF, interpret=interpret)
+    def local(sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+        dsums, dbiases = activation_backward(how.function, sums, dact_BTF, interpret=layout.platform != "gpu")
         return dsums, jax.lax.psum(dbiases, over) if over else dbiases
 
     whole, vector = layout.spec(("batch", "seq", "mlp")), layout.spec(("mlp",))
-    return layout.on_mesh(local, (whole, vector, whole), (whole, vector))(sums, biases, dact_BTF)
+    return layout.on_mesh(local, (whole, whole), (whole, vector))(sums, dact_BTF)
 
 
 def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:

@@ -52,5 +52,18 @@ def products(model: ModelConfig, layout: Layout) -> Products:
 
 
 def add_bias(y: jax.Array, bias: Parameter | jax.Array | None) -> jax.Array:
-    """y + bias in y's dtype, added in float32: so the bias' gradient is summed over rows and devices in float32."""
-    return y if bias is None else (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
+    """y [B, T, F...] + bias [F...] in y's dtype; the bias' gradient is summed over rows and devices in float32."""
+    return y if bias is None else _add(y, bias[...])
+
+
+@jax.custom_vjp
+def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Of a product's two dims and in its dtype, as cuBLAS adds a bias before it writes the product."""
+    return (y.reshape(*y.shape[:2], -1) + bias.astype(y.dtype).reshape(-1)).reshape(y.shape)
+
+
+def _add_backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return dy, dy.astype(jnp.float32).sum((0, 1))
+
+
+_add.defvjp(lambda y, bias: (_add(y, bias), None), _add_backward)

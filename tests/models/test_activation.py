@@ -28,7 +28,7 @@ def gradients(kernel, function, layout, shape, dtype="float32"):
     draw = np.random.default_rng(0).standard_normal
     sums = tuple(jnp.asarray(draw(shape), dtype) for _ in range(FUNCTIONS[function]))
     biases = tuple(jnp.asarray(draw(shape[-1:]), "float32") for _ in sums)
-    how, dact = How(function, kernel, layout), jnp.asarray(draw(shape), dtype)
+    how, dact = How(function, kernel, layout, True), jnp.asarray(draw(shape), dtype)
     return jax.jit(lambda *args: jax.vjp(lambda *args: activate(how, *args), *args)[1](dact))(sums, biases)
 
 
