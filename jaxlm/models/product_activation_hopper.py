@@ -26,13 +26,15 @@ COMPUTE, LOADING = 232, 40  # registers of a thread
 class Tile(NamedTuple):
     """rows, columns: of the result, a warpgroup at a time.   stages: steps of loads in flight.   group: tiles of rows that
     run through all columns together, so that what they read stays in the cache.   chunk: columns finished at a time.
-    pair: two programs share what they load of the weight.   approximate: tanh and exp in one instruction."""
+    scratch: numbers of float32 that a warpgroup adds columns up through.   pair: two programs share what they load of the
+    weight.   approximate: tanh and exp in one instruction."""
 
     rows: int = 128
     columns: int = 128
     stages: int = 5
     group: int = 16
     chunk: int = 64
+    scratch: int = 256
     pair: bool = False
     approximate: bool = True
 
@@ -68,7 +70,7 @@ def product_activation_backward(
         dy_smem=plgpu.SMEM((stages, tile.rows, DEPTH), dy_RD.dtype, transforms=SWIZZLE),
         weight_smem=plgpu.SMEM((stages, tile.columns, DEPTH), dy_RD.dtype, transforms=SWIZZLE),
         sums_smem=plgpu.SMEM((2 * num, tile.rows, tile.columns), dy_RD.dtype, transforms=SWIZZLE),
-        totals_smem=plgpu.SMEM((2, 256), jnp.float32),
+        totals_smem=plgpu.SMEM((2, tile.scratch), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
         empty=empty(num_barriers=2 * stages),
         sums_here=plgpu.Barrier(num_arrivals=num, num_barriers=2),
