@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TILE, WARPS = 4096, 8
+TILE, WARPS = 8192, 16
 
 
 def softmax_terms(
