@@ -36,7 +36,12 @@ from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipe
 
 BATCH_DIMS = ("batch", "seq")
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
-# Per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process without a word.
+# What XLA is asked for on NVIDIA GPUs. Per program rather than in XLA_FLAGS: there, a name that this XLA does not know would
+# end the process without a word.
+SETTINGS = {
+    "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
+    "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
+}
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
 
@@ -384,9 +389,10 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
     )
 
 
-def compiler_options(program: Program) -> dict[str, bool] | None:
+def compiler_options(program: Program) -> dict[str, bool | int]:
     """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
-    return DETERMINISTIC if program.config.train.deterministic else None
+    settings = SETTINGS if program.layout.platform == "gpu" else {}
+    return settings | (DETERMINISTIC if program.config.train.deterministic else {})
 
 
 def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
