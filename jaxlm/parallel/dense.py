@@ -84,8 +84,11 @@ def _columns_backward(p, dims, saved, dys):
             own_BTD = jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F))))
             dx_BTD = own_BTD if dx_BTD is None else own_BTD + dx_BTD  # in this order cuBLAS adds while it writes
             dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-            dweights.append(gradient_of(w, reduce_gradient(p.layout, dw_DF, d)))
-        return scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:])), tuple(dweights)
+            dweights.append(dw_DF)
+        dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
+        dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
+        sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))
+        return dx_BTD, tuple(map(gradient_of, weights, sums))
 
     outs = tuple(("batch", "seq", *d[1:]) for d in dims)
     return _run(p, local, (RESIDUAL, dims, outs), (RESIDUAL, dims), grads=True)(*saved, dys)
@@ -113,6 +116,7 @@ def _rows_backward(p, dims, saved, dx_BTD):
         dx_BTD = gather_positions(p.layout, dx_BTD)
         dy_BTF = jnp.tensordot(dx_BTD, gather_weight(p.layout, w, dims, p.dtype), (2, len(dims) - 1))
         dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        dy_BTF, dw_FD = _beside(p, (dy_BTF, dw_FD))
         return dy_BTF, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
 
     y_dims = ("batch", "seq", *dims[:-1])
@@ -222,6 +226,12 @@ def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:
     """`operands` of a backward that gathers, made to differ from the forward's, or the compiler keeps what that gathered."""
     gathers = p.layout.residual_axes or any(axes for d in dims for axes in p.layout.gathered(d))
     return jax.lax.optimization_barrier(operands) if p.regather and gathers else operands
+
+
+def _beside(p: Products, gradients: Any) -> Any:
+    """`gradients` of a product's input and weights, none handed on before all are formed, where positions are split: a weight's
+    hides the exchange of the input's. The compiler would put it off to the step's end, with all that it is formed from."""
+    return jax.lax.optimization_barrier(gradients) if p.layout.residual_axes else gradients
 
 
 def _run(p: Products, local: Any, in_dims: Any, out_dims: Any, *, grads: bool = False) -> Any:
