@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,13 @@ from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipe
 
 BATCH_DIMS = ("batch", "seq")
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
-# Per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process without a word.
+# What XLA is asked for, per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process
+# without a word.
+ONE_HOST = {  # on several GPUs of one process, where XLA_FLAGS does not say otherwise
+    # gradients that are summed together are copied into one array and out of it again; between hosts that costs less
+    # than a message each
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+}
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
 
@@ -384,9 +391,13 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
     )
 
 
-def compiler_options(program: Program) -> dict[str, bool] | None:
+def compiler_options(program: Program) -> dict[str, bool | int]:
     """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
-    return DETERMINISTIC if program.config.train.deterministic else None
+    layout, flags = program.layout, os.environ.get("XLA_FLAGS", "")
+    processes = {device.process_index for device in layout.mesh.devices.flat}
+    near = ONE_HOST if layout.platform == "gpu" and layout.mesh.size > len(processes) == 1 else {}
+    asked = {name: value for name, value in near.items() if name not in flags}
+    return asked | (DETERMINISTIC if program.config.train.deterministic else {})
 
 
 def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
