@@ -40,9 +40,9 @@ WINDOW = 128  # steps whose losses and gradient norms say what is usual
 # What XLA is asked for, per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process
 # without a word.
 ONE_HOST = {  # on several GPUs of one process, where XLA_FLAGS does not say otherwise
-    # gradients that are summed together are copied into one array and out of it again; between hosts that costs less
-    # than a message each
-    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+    # Gradients that are summed together are copied into one array and out of it again: scalars alone are worth that here;
+    # between hosts a message each costs more.
+    "xla_gpu_all_reduce_combine_threshold_bytes": 4096,
 }
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
