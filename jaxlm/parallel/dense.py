@@ -24,6 +24,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from jaxlm.parallel.rules import At, Layout
 from jaxlm.parallel.working import Value, cast, gradient_of
@@ -218,7 +220,10 @@ def finish_gradient(layout: Layout, dw: jax.Array, dims: Dims) -> jax.Array:
 
 def _scatter(dw: jax.Array, split: Iterable[tuple[str, ...]]) -> jax.Array:
     for i, axes in enumerate(split):
-        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True) if axes else dw
+        if axes:
+            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True)
+            # the dim that is split is the outer one in memory then: else parameter and moments would turn to it and back
+            dw = with_layout_constraint(dw, MemoryLayout(tuple(range(dw.ndim))))
     return dw
 
 
