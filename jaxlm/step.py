@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +37,16 @@ from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipe
 
 BATCH_DIMS = ("batch", "seq")
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
-# What XLA is asked for on NVIDIA GPUs. Per program rather than in XLA_FLAGS: there, a name that this XLA does not know would
-# end the process without a word.
-SETTINGS = {
+# What XLA is asked for on NVIDIA GPUs where XLA_FLAGS does not say otherwise. Per program: in XLA_FLAGS a name that this XLA
+# does not know would end the process without a word.
+GPU = {
     "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
     "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
+}
+ONE_HOST = {  # on several GPUs of one process
+    # Gradients that are summed together are copied into one array and out of it again: scalars alone are worth that here;
+    # between hosts a message each costs more.
+    "xla_gpu_all_reduce_combine_threshold_bytes": 4096,
 }
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
@@ -391,8 +397,11 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
 
 def compiler_options(program: Program) -> dict[str, bool | int]:
     """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
-    settings = SETTINGS if program.layout.platform == "gpu" else {}
-    return settings | (DETERMINISTIC if program.config.train.deterministic else {})
+    layout, flags = program.layout, os.environ.get("XLA_FLAGS", "")
+    processes = {device.process_index for device in layout.mesh.devices.flat}
+    asked = GPU | (ONE_HOST if layout.mesh.size > len(processes) == 1 else {})
+    asked = {name: value for name, value in asked.items() if layout.platform == "gpu" and name not in flags}
+    return asked | (DETERMINISTIC if program.config.train.deterministic else {})
 
 
 def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:

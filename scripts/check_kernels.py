@@ -34,12 +34,12 @@ from jaxlm.parallel.context import attend
 from jaxlm.parallel.dense import Products
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
-from jaxlm.step import SETTINGS
+from jaxlm.step import GPU
 
 F32 = jnp.float32
 WORKERS = 8  # cases at a time: nearly all of a case is compiling
 # which way XLA multiplies fastest is not in question, and finding out takes it longer than all the rest
-jit = partial(jax.jit, compiler_options=SETTINGS | {"xla_gpu_autotune_level": 0})
+jit = partial(jax.jit, compiler_options=GPU | {"xla_gpu_autotune_level": 0})
 
 
 class Case(NamedTuple):

@@ -143,7 +143,7 @@ def test_a_flipped_bit_in_a_running_model_stops_it(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="step 6: train.sdc_check_every") as caught:
         train.main(command(folder, "flipped", *TWENTY, *more))
     assert "replicas of final_norm.scale" in str(caught.value)
-    assert "numbers    the same bits in every run: xla_gpu_deterministic_ops" in capsys.readouterr().out
+    assert "numbers    the same bits in every run\nxla        xla_gpu_deterministic_ops=True" in capsys.readouterr().out
 
 
 def usage(process: int) -> tuple[int, int, int]:

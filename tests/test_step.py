@@ -15,10 +15,14 @@ from jaxlm.config import REMAT_NAMES
 from jaxlm.data.loader import Batch
 from jaxlm.feed import put_batch
 from jaxlm.models.gpt import GPT, _unroll
+from jaxlm.parallel.rules import Layout
 from jaxlm.step import (
+    GPU,
+    ONE_HOST,
     WINDOW,
     compile_eval,
     compile_step,
+    compiler_options,
     init_state,
     make_program,
     mean_loss_and_grads,
@@ -348,6 +352,17 @@ def test_without_spike_skipping_the_state_and_its_checkpoint_have_no_part_of_it(
     assert len(jax.tree.leaves(states[1])) == len(jax.tree.leaves(states[0])) + 2 and states[0].recent is None
     names = [list(name_leaves(without_recent(state)[0])) for state in states]
     assert names[0] == names[1]
+
+
+def test_gpus_have_options_that_xla_knows_and_xla_flags_overrides(monkeypatch):
+    alone, two = (make_program(tiny.config(num_layers=1), tiny.layout(n, data=n)) for n in (1, 2))
+    assert compiler_options(alone) == compiler_options(two) == {}
+    monkeypatch.setattr(Layout, "platform", "gpu")
+    assert compiler_options(alone) == GPU
+    assert compiler_options(two) == GPU | ONE_HOST
+    assert jax.jit(lambda x: x + 1, compiler_options=GPU | ONE_HOST)(1) == 2
+    monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}=1" for name in ONE_HOST))
+    assert compiler_options(two) == GPU
 
 
 def test_deterministic_kernels_are_asked_of_xla_and_an_unknown_option_is_an_error_not_an_abort(monkeypatch):

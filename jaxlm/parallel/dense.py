@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from jaxlm.parallel.rules import At, Layout
 from jaxlm.parallel.working import Value, cast, gradient_of
@@ -114,9 +116,12 @@ def _columns_backward(p, dims, saved, dys):
             w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
             dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
             dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-            dweights.append(gradient_of(w, reduce_gradient(p.layout, dw_DF, d)))
+            dweights.append(dw_DF)
         dx_BTD = reduce(lambda total, dx_BTD: dx_BTD + total, dxs_BTD)  # in this order cuBLAS adds as it writes
-        return scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:])), tuple(dweights)
+        dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
+        dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
+        sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))
+        return dx_BTD, tuple(map(gradient_of, weights, sums))
 
     outs = tuple(("batch", "seq", *d[1:]) for d in dims)
     return _run(p, local, (RESIDUAL, dims, outs), (RESIDUAL, dims), grads=True)(*saved, dys)
@@ -146,6 +151,7 @@ def _rows_backward(p, dims, made, saved, dx_BTD):
         dx_BTD = gather_positions(p.layout, dx_BTD)
         dsums, dbiases = made.backward(sums, dx_BTD, gather_weight(p.layout, w, dims, p.dtype))
         dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        dsums, dw_FD = _beside(p, (dsums, dw_FD))
         dbiases = tuple(reduce_gradient(p.layout, db_F, dims[:-1]) for db_F in dbiases)
         return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
 
@@ -254,7 +260,10 @@ def finish_gradient(layout: Layout, dw: jax.Array, dims: Dims) -> jax.Array:
 
 def _scatter(dw: jax.Array, split: Iterable[tuple[str, ...]]) -> jax.Array:
     for i, axes in enumerate(split):
-        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True) if axes else dw
+        if axes:
+            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True)
+            # the dim that is split is the outer one in memory then: else parameter and moments would turn to it and back
+            dw = with_layout_constraint(dw, MemoryLayout(tuple(range(dw.ndim))))
     return dw
 
 
@@ -262,6 +271,12 @@ def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:
     """`operands` of a backward that gathers, made to differ from the forward's, or the compiler keeps what that gathered."""
     gathers = p.layout.residual_axes or any(axes for d in dims for axes in p.layout.gathered(d))
     return jax.lax.optimization_barrier(operands) if p.regather and gathers else operands
+
+
+def _beside(p: Products, gradients: Any) -> Any:
+    """`gradients` of a product's input and weights, none handed on before all are formed, where positions are split: a weight's
+    hides the exchange of the input's. The compiler would put it off to the step's end, with all that it is formed from."""
+    return jax.lax.optimization_barrier(gradients) if p.layout.residual_axes else gradients
 
 
 def _run(p: Products, local: Any, in_dims: Any, out_dims: Any, *, grads: bool = False) -> Any:
