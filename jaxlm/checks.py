@@ -47,7 +47,7 @@ AT_LEAST = {
     "model.vocab_size": 0, "model.vocab_multiple": 1, "model.num_layers": 1, "model.embed_dim": 1, "model.num_heads": 1,
     "model.num_kv_heads": 1, "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.init_std": 0,
     "model.norm_eps": 0, "train.num_steps": 1, "train.batch_size": 1, "train.seq_len": 1, "train.accumulate": 1,
-    "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 1,
+    "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 0,
     "train.max_nonfinite_steps": 1, "train.skip_spikes": 0, "train.watchdog_s": -1, "train.preempt_grace_s": 0,
     "train.sdc_check_every": 0, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,

@@ -126,7 +126,9 @@ class TrainConfig:
     eval_every: int = setting(0, "steps between evaluations; the last step always evaluates (0: only then)")
     eval_batches: int = setting(0, "batches in one evaluation (0: all held-out rows once)")
     z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
-    loss_chunk_tokens: int = setting(8192, "tokens whose logits exist at one time on a device")
+    loss_chunk_tokens: int = setting(
+        0, "tokens whose logits exist at one time on a device (0: as many as fill 3.5 GiB)"
+    )
     max_nonfinite_steps: int = setting(
         5,
         "updates dropped in a row, for a loss or gradient that is not finite or a spike, that end the run with exit 4",

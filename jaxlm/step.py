@@ -37,9 +37,13 @@ from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipe
 
 BATCH_DIMS = ("batch", "seq")
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
-# What XLA is asked for, per program rather than in XLA_FLAGS: there, a name that this XLA does not know would end the process
-# without a word.
-ONE_HOST = {  # on several GPUs of one process, where XLA_FLAGS does not say otherwise
+# What XLA is asked for on NVIDIA GPUs, where XLA_FLAGS does not say otherwise. Per program rather than there, where a name
+# that this XLA does not know ends the process without a word.
+SETTINGS = {
+    "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
+    "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
+}
+ONE_HOST = {  # on several of one process
     # Gradients that are summed together are copied into one array and out of it again: scalars alone are worth that here;
     # between hosts a message each costs more.
     "xla_gpu_all_reduce_combine_threshold_bytes": 4096,
@@ -395,8 +399,8 @@ def compiler_options(program: Program) -> dict[str, bool | int]:
     """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
     layout, flags = program.layout, os.environ.get("XLA_FLAGS", "")
     processes = {device.process_index for device in layout.mesh.devices.flat}
-    near = ONE_HOST if layout.platform == "gpu" and layout.mesh.size > len(processes) == 1 else {}
-    asked = {name: value for name, value in near.items() if name not in flags}
+    settings = SETTINGS | (ONE_HOST if layout.mesh.size > len(processes) == 1 else {})
+    asked = {name: value for name, value in settings.items() if layout.platform == "gpu" and name not in flags}
     return asked | (DETERMINISTIC if program.config.train.deterministic else {})
 
 

@@ -8,8 +8,8 @@ layers, width, heads, key and value heads, MLP width, vocabulary, tokens and row
 rest is as the config has it (configs/gpt2.py:124m), in one microbatch. Steps follow one another as in training; a round is
 waited for once, at its end.
 Prints a JSON line a case: step_ms (median of the rounds), its spread, tokens/s of all devices, TFLOP/s and MFU of each by
-both conventions, compile seconds, bytes a device, the first loss; or "error". --profile N adds the N longest kernels by name
-of one step. --peer trains the same models first in PyTorch, on all visible GPUs (scripts/torch_peer.py, in processes of their
+both conventions, compile seconds, bytes a device, the first loss; or "error". --profile N adds the N longest kernels by name,
+ms a step. --peer trains the same models first in PyTorch, on all visible GPUs (scripts/torch_peer.py, in processes of their
 own), and prints a line a shape with ours over theirs in tokens/s: at the same rows, and each at its best.
 """
 
@@ -169,10 +169,11 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     found |= utilisation(config, found)
     if args.profile:
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                _, metrics = step(state, batches[0])
+            with jax.profiler.trace(folder):  # a round: after a rest the clocks are higher than power allows for long
+                for i in range(args.steps):
+                    state, metrics = step(state, batches[i % 4])
                 float(metrics.loss)
-            found["kernels_ms"] = kernel_times_ms(Path(folder), args.profile)
+            found["kernels_ms"] = kernel_times_ms(Path(folder), args.steps, args.profile)
     return found
 
 
@@ -188,8 +189,9 @@ def utilisation(config: Config, found: dict[str, Any]) -> dict[str, float | None
     return dict(tflops=rate / 1e12, mfu=peak and rate / peak, mfu_causal=peak and causal / peak)
 
 
-def kernel_times_ms(trace: Path, top: int) -> dict[str, float]:
-    """{kernel: ms} of all GPUs in a profiler's trace, the longest first, numbers in names left out; "all" is their sum."""
+def kernel_times_ms(trace: Path, steps: int, top: int) -> dict[str, float]:
+    """{kernel: ms a step} of all GPUs in a profiler's trace of so many steps, the longest first, numbers in names left out;
+    "all" is the sum of all there are."""
     (file,) = trace.rglob("*.xplane.pb")
     sums = collections.Counter[str]()
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -197,7 +199,8 @@ def kernel_times_ms(trace: Path, top: int) -> dict[str, float]:
             for line in (line for line in plane.lines if line.name.startswith("Stream")):
                 for event in line.events:
                     sums[re.sub(r"[._]?\d+", "#", event.name)[:80]] += event.duration_ns
-    return {"all": sum(sums.values()) / 1e6} | {name: ns / 1e6 for name, ns in sums.most_common(top)}
+    ms = {name: ns / 1e6 / steps for name, ns in sums.most_common()}
+    return {"all": sum(ms.values())} | dict(list(ms.items())[:top])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jaxlm.models.gpt import GPT, _unroll
 from jaxlm.parallel.rules import Layout
 from jaxlm.step import (
     ONE_HOST,
+    SETTINGS,
     WINDOW,
     compile_eval,
     compile_step,
@@ -357,13 +358,13 @@ def test_gpus_of_one_process_have_options_that_xla_knows_and_xla_flags_overrides
     program = make_program(tiny.config(num_layers=1), tiny.layout(2, data=2))
     assert compiler_options(program) == {}
     monkeypatch.setattr(Layout, "platform", "gpu")
-    assert compiler_options(program) == ONE_HOST
-    assert jax.jit(lambda x: x + 1, compiler_options=ONE_HOST)(1) == 2
+    assert compiler_options(program) == SETTINGS | ONE_HOST
+    assert jax.jit(lambda x: x + 1, compiler_options=SETTINGS | ONE_HOST)(1) == 2
     monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}=1" for name in ONE_HOST))
-    assert compiler_options(program) == {}
+    assert compiler_options(program) == SETTINGS
     alone = make_program(tiny.config(num_layers=1), tiny.layout())
     monkeypatch.delenv("XLA_FLAGS")
-    assert compiler_options(alone) == {}
+    assert compiler_options(alone) == SETTINGS
 
 
 def test_deterministic_kernels_are_asked_of_xla_and_an_unknown_option_is_an_error_not_an_abort(monkeypatch):

@@ -24,6 +24,7 @@ from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import Value, gradient_of
 
 HEAD = ("vocab", "embed")
+LOGITS_BYTES = 7 * 2**29  # of a chunk: each chunk more reads and writes the head's gradient once more
 
 
 class Settings(NamedTuple):
@@ -56,7 +57,7 @@ def cross_entropy_sums(
     layout: Layout,
     vocab_size: int,
     z_loss: float = 0.0,
-    chunk_tokens: int = 8192,
+    chunk_tokens: int = 0,
     kernel: LossKernel | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed (not averaged) loss over weighted tokens: (objective, nats), both f32[].
@@ -68,7 +69,7 @@ def cross_entropy_sums(
     Args:
       x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
-      chunk_tokens: about how many tokens' logits exist at a time on a device.
+      chunk_tokens: about how many tokens' logits exist at a time on a device; 0: as many as have LOGITS_BYTES.
       kernel: of LOSS; None is XLA's.
 
     Source: z-loss, Chowdhery et al., arXiv:2204.02311, section 5.
@@ -110,7 +111,8 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
     layout = settings.layout
     head_VD = gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
     x_BTD = gather_positions(layout, x_BTD)
-    C = num_chunks(labels_BT.size, settings.chunk_tokens)
+    fitting = max(1, LOGITS_BYTES // (head_VD.shape[0] * head_VD.dtype.itemsize))
+    C = num_chunks(labels_BT.size, settings.chunk_tokens or fitting)
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
 
     def add(sums, chunk):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TILE, WARPS = 4096, 8
+TILE, WARPS = 8192, 16
 
 
 def softmax_terms(
@@ -53,25 +53,27 @@ def _row(
     logits: Any, labels: Any, weights: Any, z_out: Any, label_out: Any, dlogits: Any = None,
     *, V: int, W: int, vocab_size: int, z_loss: float,
 ) -> None:  # fmt: skip
-    n = pl.program_id(0)
-    num_tiles = pl.cdiv(V, W)
+    n, full = pl.program_id(0), vocab_size // W  # tiles in which every column counts: a mask would part their loads
 
-    def tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(columns, their logits) of tile i."""
-        columns_W = i * W + jnp.arange(W)
-        x_W = plgpu.load(logits.at[n, pl.ds(i * W, W)], mask=columns_W < vocab_size, other=-jnp.inf)
-        return columns_W, x_W.astype(jnp.float32)
+    def tile(i: jax.Array, whole: bool) -> tuple[jax.Array, jax.Array]:
+        """(columns, their logits) of tile i; of one that is not whole, those that do not count are -inf."""
+        columns_W, here = i * W + jnp.arange(W), logits.at[n, pl.ds(i * W, W)]
+        if whole:
+            return columns_W, plgpu.load(here).astype(jnp.float32)
+        x_W = plgpu.load(here, mask=columns_W < V, other=0.0).astype(jnp.float32)
+        return columns_W, jnp.where(columns_W < vocab_size, x_W, -jnp.inf)
 
-    def add(i: jax.Array, running: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add(i: jax.Array, running: tuple[jax.Array, jax.Array], whole: bool) -> tuple[jax.Array, jax.Array]:
         top, total = running
-        _, x_W = tile(i)
+        _, x_W = tile(i, whole)
         higher = jnp.maximum(top, x_W.max())
         return higher, total * jnp.exp(top - higher) + jnp.exp(x_W - higher).sum()
 
     label, weight = plgpu.load(labels.at[n]), plgpu.load(weights.at[n])
     own = plgpu.load(logits.at[n, label]).astype(jnp.float32)  # before the loop, whose sums keep the warps together
-    start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
-    top, total = jax.lax.fori_loop(0, num_tiles, add, start)
+    running = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+    running = jax.lax.fori_loop(0, full, partial(add, whole=True), running)
+    top, total = jax.lax.fori_loop(full, pl.cdiv(V, W), partial(add, whole=False), running)
     z = top + jnp.log(total)
     plgpu.store(z_out.at[n], z)
     plgpu.store(label_out.at[n], own)
@@ -80,9 +82,11 @@ def _row(
     if dlogits is None:
         return
 
-    def write(i: jax.Array, _: None) -> None:
-        columns_W, x_W = tile(i)
+    def write(i: jax.Array, _: None, whole: bool) -> None:
+        columns_W, x_W = tile(i, whole)
         dx_W = weight * (jnp.exp(x_W - z) * slope - (columns_W == label).astype(jnp.float32))
-        plgpu.store(dlogits.at[n, pl.ds(i * W, W)], dx_W.astype(dlogits.dtype), mask=columns_W < V)
+        there, mask = dlogits.at[n, pl.ds(i * W, W)], None if whole else columns_W < V
+        plgpu.store(there, dx_W.astype(dlogits.dtype), mask=mask)
 
-    jax.lax.fori_loop(0, num_tiles, write, None)
+    jax.lax.fori_loop(0, full, partial(write, whole=True), None)
+    jax.lax.fori_loop(full, pl.cdiv(V, W), partial(write, whole=False), None)

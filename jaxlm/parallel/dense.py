@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import jax
@@ -80,13 +80,13 @@ def _columns_forward(x_BTD, weights, p, dims):
 def _columns_backward(p, dims, saved, dys):
     def local(x_BTD, weights, dys):
         x_BTD, weights, dys = _again(p, dims, (x_BTD, weights, dys))
-        x_BTD, dx_BTD, dweights = gather_positions(p.layout, x_BTD), None, []
+        x_BTD, dxs_BTD, dweights = gather_positions(p.layout, x_BTD), [], []
         for w, d, dy_BTF in zip(weights, dims, dys):
             w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
-            own_BTD = jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F))))
-            dx_BTD = own_BTD if dx_BTD is None else own_BTD + dx_BTD  # in this order cuBLAS adds while it writes
+            dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
             dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
             dweights.append(dw_DF)
+        dx_BTD = reduce(lambda total, dx_BTD: dx_BTD + total, dxs_BTD)  # in this order cuBLAS adds as it writes
         dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
         dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
         sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))

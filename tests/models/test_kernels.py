@@ -13,8 +13,10 @@ import tiny
 from jaxlm.config import UserError
 from jaxlm.models import kernels
 from jaxlm.models.kernels import ATTENTION, choose_attention
+from jaxlm.models.position import alibi_slopes
 from jaxlm.parallel.context import attend
 from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.zigzag import alibi
 from jaxlm.step import abstract_state, make_program
 
 CUDNN, XLA = (next(kernel for kernel in ATTENTION if kernel.name == name) for name in ("cudnn", "xla"))
@@ -114,13 +116,57 @@ def test_a_backward_that_keeps_attention_runs_cudnns_forward_once(monkeypatch, w
     assert results and results[1].count("bf16") == 3  # the bias gets no gradient
 
 
+@pytest.mark.parametrize(("T", "S", "causal"), [(9, 9, True), (8, 7, False)])
+def test_cudnn_is_given_a_bias_of_even_lengths_that_changes_nothing(monkeypatch, T, S, causal):
+    """Its two primitives by their definition, which takes even lengths only, as cuDNN does."""
+
+    def define(function):
+        def bind(q, k, v, bias, *others, mask_type, **_):
+            assert q.shape[1] % 2 == k.shape[1] % 2 == 0 and bias.shape[2:] == (q.shape[1], k.shape[1])
+            saved = () if function is FORWARD else (others[7], others[6], others[8])  # they take lse first
+            return function(q, k, v, *saved, bias=bias, keep=None, causal=mask_type == kernels.cudnn.MaskType.CAUSAL)
+
+        return type("Primitive", (), dict(bind=staticmethod(bind)))
+
+    monkeypatch.setattr(kernels.cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(kernels.cudnn, "_dot_product_attention_fwd_p_wrapper", define(FORWARD))
+    monkeypatch.setattr(kernels.cudnn, "_dot_product_attention_bwd_p_wrapper", define(BACKWARD))
+    q, k, v, dout, bias, _ = operands(T, S, 4, 2, with_bias=True, with_keep=False)
+    q, k, v, dout, bias = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, dout, bias))
+    setting = dict(bias=bias, keep=None, causal=causal)
+    out, lse = FORWARD(q, k, v, **setting)
+    want = out, lse, *BACKWARD(q, k, v, out, lse, dout, **setting)
+    got = CUDNN.forward(q, k, v, **setting)
+    for a, b in zip((*got, *CUDNN.backward(q, k, v, out, lse, dout, **setting)), want, strict=True):
+        a, b = np.float64(a), np.float64(b)
+        assert np.linalg.norm(a - b) <= 2**-9 * np.linalg.norm(b)  # the same sums in another order may round otherwise
+
+
+def test_alibi_rounded_to_bfloat16_costs_no_head_more_than_one_more_rounding():
+    T, N = 512, 4  # slopes 1/4 ... 1/256: of the flattest, a row is two lengths
+    q, k, v, dout, *_ = operands(T, T, N, N, with_bias=False, with_keep=False, H=16, B=1)
+    t_T = jnp.arange(T, dtype=jnp.float32)
+    bias = alibi(jnp.asarray(alibi_slopes(N)), t_T, t_T)
+    rounded = bias.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def results(bias):
+        out, lse = FORWARD(q, k, v, bias=bias, keep=None, causal=True)
+        return out, *BACKWARD(q, k, v, out, lse, dout, bias=bias, keep=None, causal=True)
+
+    for a, b in zip(results(rounded), results(bias), strict=True):
+        error_N = np.sqrt(np.square(a - b).sum((0, 1, 3)) / np.square(b).sum((0, 1, 3)))
+        assert np.all(error_N <= 2**-9), error_N * 2**9
+
+
 def test_cudnn_says_why_it_does_not_serve():
     model = tiny.config(dtype="bfloat16", embed_dim=48).model
     assert str(choose_attention(model, "cpu", documents=False)) == "xla (not cudnn: it runs on NVIDIA GPUs, not cpu)"
-    assert str(choose_attention(model, "gpu", documents=False)) == "cudnn"
+    for positions in ("learned", "alibi", "rope"):
+        changed = dataclasses.replace(model, position=positions)
+        assert str(choose_attention(changed, "gpu", documents=False)) == "cudnn"
     refusals = {
         "not float32": dict(dtype="float32"), "head width 4": dict(head_dim=4), "head width 512": dict(head_dim=512),
-        "ALiBi": dict(position="alibi"), "dropout": dict(dropout=0.1),
+        "dropout": dict(dropout=0.1),
     }  # fmt: skip
     for reason, setting in refusals.items():
         changed = tiny.replace(tiny.config(dtype="bfloat16", embed_dim=48), model=setting)
