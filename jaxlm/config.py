@@ -48,9 +48,9 @@ class ModelConfig:
         "float32", "compute dtype; parameters and optimizer state stay float32"
     )
     attention: Literal["auto", "xla", "cudnn"] = setting("auto", "attention kernel; auto logs what it took and why")
-    activation_kernel: Literal["auto", "xla", "pallas"] = setting(
+    activation_kernel: Literal["auto", "xla", "pallas", "hopper"] = setting(
         "auto",
-        "kernel of the MLP's activation; pallas sums its biases' gradients in its backward's pass; auto logs why",
+        "what the activation's backward runs on; pallas sums for biases in its pass, hopper in the product before it",
     )
     norm_kernel: Literal["auto", "xla", "pallas"] = setting(
         "auto", "norm kernel; pallas adds a branch and normalises in one pass; auto logs what it took and why"

@@ -26,7 +26,7 @@ import numpy as np
 from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.models.kernels import ATTENTION
 from jaxlm.models.loss import LOSS, cross_entropy_sums
-from jaxlm.models.mlp import ACTIVATION, How, activate, gelu, swiglu
+from jaxlm.models.mlp import ACTIVATION, Activation, gelu, swiglu
 from jaxlm.models.norm import NORM, Settings, Stream
 from jaxlm.models.params import Parameter, add_bias
 from jaxlm.models.position import alibi_slopes
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
     kernels: {name: (function, roundings)}, roundings to the operands' dtype, one after another, that a result has behind it and
     the definition has not.   draw: the arguments.   links: sums that follow one another.   terms: of the longest of them.
-    unit: of one rounding; see there.
+    unit: of one rounding; see there.   precision: of the kernels' products in float32; None: the device's own.
     """
 
     label: str
@@ -57,6 +57,7 @@ class Case(NamedTuple):
     links: int
     terms: int
     unit: float
+    precision: str | None = None
 
     def bound(self, name: str) -> float:
         """Errors add up along a chain: of a rounding at most a unit, of a float32 sum sqrt(terms) 2^-24, as those of its
@@ -106,7 +107,8 @@ def check(numbers: jax.Array, case: Case) -> dict[str, tuple[str, float]]:
     got, found = {}, {}
     for name, (kernel, _) in case.kernels.items():
         try:
-            got[name] = jit(partial(_results, kernel))(args, cotangents)
+            with jax.default_matmul_precision(case.precision):
+                got[name] = jit(partial(_results, kernel))(args, cotangents)
         except Exception as e:  # it said that it serves: the others are still worth knowing
             found[name] = _raised(e)
     with jax.default_matmul_precision("highest"):
@@ -270,28 +272,48 @@ def cross_entropies(layout: Layout, rng: np.random.Generator) -> Iterator[Case]:
 
 
 def activations(layout: Layout, rng: np.random.Generator) -> Iterator[Case]:
-    """Forwards, and XLA's backward, work in the operands' dtype: 8 operations follow one another from a sum to what is made
-    of it, bias included, and where the compiler keeps none of them in float32 each rounds."""
-    shapes = [(4096, 3072), (1003, 11008)] if layout.platform == "gpu" else []  # rows, hidden width
-    functions = {gelu: 1, swiglu: 2}  # of how many sums
-    for (R, F), function, dtype in itertools.product([(37, 300), *shapes], functions, ("bfloat16", "float32")):
-        roundings = 8 if dtype == "bfloat16" else 20  # in float32 each operation of a derivative
+    """The activation and the product after it. Forwards, and XLA's backward, work in the operands' dtype: 8 operations follow
+    one another from a sum to what is made of it, bias included, and where the compiler keeps none of them in float32 each
+    rounds; and so does a product what it writes. Products in float32 are exact here, to show an error of the activation's."""
+    shapes = [(37, 24, 300)]  # rows, width, hidden width
+    shapes += [(4096, 768, 3072), (1003, 1600, 11008)] if layout.platform == "gpu" else []
+    variants = ((gelu, "bfloat16", True), (gelu, "bfloat16", False), (gelu, "float32", True))
+    variants += ((swiglu, "bfloat16", True), (swiglu, "float32", True))
+    for (R, D, F), (function, dtype, biased) in itertools.product(shapes, variants):
+        roundings = 1 + (8 if dtype == "bfloat16" else 20)  # in float32 each operation of a derivative
+        num, kernels = 2 if function is swiglu else 1, {}
+        for kernel in ACTIVATION:
+            named: Any = dict(activation=function.__name__, dtype=dtype, activation_kernel=kernel.name)
+            model = ModelConfig(embed_dim=D, mlp_dim=F, use_bias=biased, **named)
+            if kernel.refuses(model, layout) is None:
+                made = Activation(function, kernel, layout, biased)
+                kernels[kernel.name] = partial(_hidden, Products(layout, dtype), made), roundings
 
-        def draw(draw: Draw, R=R, F=F, dtype=dtype, of=functions[function]) -> tuple:
-            return tuple(draw((1, R, F), dtype) for _ in range(of)), tuple(draw((F,)) for _ in range(of))
+        def draw(draw: Draw, R=R, D=D, F=F, dtype=dtype, num=num, biased=biased) -> tuple:
+            down = draw((F, D), dtype).astype(F32) / F**0.5
+            return (
+                tuple(draw((1, R, F), dtype) for _ in range(num)),
+                tuple(draw((F,)) for _ in range(num * biased)),
+                down,
+            )
+
+        def definition(sums: tuple, biases: tuple, down: jax.Array, function=function) -> jax.Array:
+            return function(*map(jnp.add, sums, biases or [0] * len(sums))) @ down
 
         yield Case(
-            f"{function.__name__} {dtype} {R}x{F}",
-            {
-                kernel.name: (partial(activate, How(function, kernel, layout, biased=True)), roundings)
-                for kernel in ACTIVATION
-            },
-            lambda sums, biases, function=function: function(*map(jnp.add, sums, biases)),
+            f"{function.__name__} {dtype} {R}x{D}x{F}{' biases' * biased}",
+            kernels,
+            definition,
             draw,
-            links=1,
-            terms=R,
+            links=3,  # two products, and over rows
+            terms=max(R, D, F),
             unit=unit(dtype, layout),
+            precision="highest" if dtype == "float32" else None,
         )
+
+
+def _hidden(products: Products, made: Activation, sums: tuple, biases: tuple, down: jax.Array) -> jax.Array:
+    return products.rows_of(made, sums, biases, Parameter(down, dims=("mlp", "embed"), role="kernel"))
 
 
 def _cross_entropy(
@@ -304,31 +326,33 @@ def _cross_entropy(
 
 
 def products(layout: Layout, rng: np.random.Generator) -> Iterator[Case]:
-    """Three weights' columns with their biases, the first through GELU, under the step's own settings of XLA. Rounded in a
-    chain: the bias, the sum and 8 times the activation (see there), d sum, and dx as each weight's share is added."""
+    """Three weights' columns with their biases, the first through GELU and a product more, under the step's own settings of
+    XLA. Rounded in a chain: the bias, the sum, d activation and 8 times what follows from it (see there), d sum, and dx as
+    each weight's share is added."""
     shapes = [(4096, 768, 768), (1000, 1600, 1600)] if layout.platform == "gpu" else []  # rows, width, columns of each
     for (R, D, F), dtype in itertools.product([(37, 24, 40), *shapes], ("bfloat16", "float32")):
-        how = How(gelu, next(kernel for kernel in ACTIVATION if kernel.name == "xla"), layout, biased=True)
+        xla = next(kernel for kernel in ACTIVATION if kernel.name == "xla")
+        made = Activation(gelu, xla, layout, biased=True)
 
-        def run(x: jax.Array, weights: list, biases: list, how=how, dtype=dtype) -> tuple:
-            params = [Parameter(w, dims=("embed", "mlp"), role="kernel") for w in weights]
-            first, *others = Products(layout, dtype).columns(x, *params)
-            return activate(how, (first,), (biases[0],)), *map(add_bias, others, biases[1:])
+        def run(x: jax.Array, weights: list, biases: list, down: jax.Array, made=made, dtype=dtype) -> tuple:
+            params, p = [Parameter(w, dims=("embed", "mlp"), role="kernel") for w in weights], Products(layout, dtype)
+            first, *others = p.columns(x, *params)
+            return _hidden(p, made, (first,), (biases[0],), down), *map(add_bias, others, biases[1:])
 
-        def definition(x: jax.Array, weights: list, biases: list) -> tuple:
+        def definition(x: jax.Array, weights: list, biases: list, down: jax.Array) -> tuple:
             first, *others = (x @ w + b for w, b in zip(weights, biases))
-            return gelu(first), *others
+            return gelu(first) @ down, *others
 
         def draw(draw: Draw, R=R, D=D, F=F, dtype=dtype) -> tuple:
-            weights = [draw((D, F), dtype).astype(F32) / D**0.5 for _ in range(3)]
-            return draw((1, R, D), dtype), weights, [draw((F,)) for _ in range(3)]
+            *weights, down = [draw(s, dtype).astype(F32) / s[0] ** 0.5 for s in (*[(D, F)] * 3, (F, D))]
+            return draw((1, R, D), dtype), weights, [draw((F,)) for _ in range(3)], down
 
         yield Case(
             f"{dtype} {R}x{D}x{F}",
-            {"xla": (run, 14 if dtype == "bfloat16" else 26)},
+            {"xla": (run, 15 if dtype == "bfloat16" else 27)},
             definition,
             draw,
-            links=2,
+            links=3,
             terms=max(R, D, F),
             unit=unit(dtype, layout, products=True),
         )

@@ -69,12 +69,17 @@ def choose(setting: str, named: str, kernels: Sequence[Any], *call: Any) -> Choi
     raise UserError(Problem(f"{setting}={named}", "; ".join(reasons), f"use {setting}=auto"))
 
 
+def capability(layout: Layout) -> int:
+    """The major number of its NVIDIA GPUs' compute capability; 0 of other devices."""
+    major = str(getattr(layout.mesh.devices.flat[0], "compute_capability", None)).partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
 def triton_refuses(layout: Layout, named: str) -> str | None:
     """Why a Pallas kernel that compiles by Triton does not serve here, or None. named: the setting that asks for it."""
-    device = layout.mesh.devices.flat[0]
-    major = str(getattr(device, "compute_capability", None)).partition(".")[0]  # of an NVIDIA GPU
-    if layout.platform == "gpu" and not (major.isdigit() and int(major) >= 8):
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not a {device.device_kind}"
+    if layout.platform == "gpu" and capability(layout) < 8:
+        kind = layout.mesh.devices.flat[0].device_kind
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not a {kind}"
     if layout.platform != "gpu" and named == "auto":
         return f"it is for NVIDIA GPUs; a {layout.platform} runs it interpreted, very slowly, where it is named"
     return None

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.models.activation_kernel import activation_backward
-from jaxlm.models.kernels import Choice, choose, triton_refuses
+from jaxlm.models.kernels import Choice, capability, choose, triton_refuses
 from jaxlm.models.params import add_bias, products, vector, weight
+from jaxlm.models.product_gelu_kernel import product_gelu_backward, refuses
+from jaxlm.parallel.dense import input_gradient
 from jaxlm.parallel.rules import Layout
 
 
@@ -45,8 +45,8 @@ class MLP(nnx.Module):
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
             function, sums = swiglu, (checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate"))
-        act_BTF = activate(How(function, kernel, self.layout, self.model.use_bias), sums, biases)
-        return self.products.rows(checkpoint_name(act_BTF, "mlp_act"), self.down)
+        activation = Activation(function, kernel, self.layout, self.model.use_bias)
+        return self.products.rows_of(activation, sums, biases, self.down)
 
 
 def gelu(up: jax.Array) -> jax.Array:
@@ -59,8 +59,7 @@ def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class ActivationKernel:
-    """backward: (How, sums with their biases added, d activation) -> (d sums, their sums over rows and positions in float32
-      where How.biased, else none), over whole arrays.
+    """backward: as dense.Made's, its first argument the Activation.
     refuses: (model config, layout) -> None if it serves, else the reason."""
 
     name: str
@@ -68,52 +67,38 @@ class ActivationKernel:
     refuses: Callable[[ModelConfig, Layout], str | None]
 
 
-class How(NamedTuple):
-    """What an activation is of its sums, on what its backward runs, and whether the sums have biases."""
+@dataclass(frozen=True)
+class Activation:
+    """What the product with `down` multiplies (dense.Made).
+
+    function: of the sums with their biases added, if biased: then each has one.   kernel: what the backward runs on.
+    """
 
     function: Callable[..., jax.Array]
     kernel: ActivationKernel
     layout: Layout
     biased: bool
 
+    def forward(self, sums: tuple, biases: tuple) -> tuple[jax.Array, tuple]:
+        # cuBLAS adds the bias, forms GELU and writes both before the product leaves its registers (BIAS_GELU_AUX)
+        sums = tuple(map(add_bias, sums, biases)) if self.biased else sums
+        return checkpoint_name(self.function(*sums), "mlp_act"), sums
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate(how: How, sums: tuple[jax.Array, ...], biases: tuple[jax.Array, ...]) -> jax.Array:
-    """The activation of sums [B, T, F] plus their biases [F], a bias a sum or none at all; its backward keeps the sums."""
-    return _activate_forward(how, sums, biases)[0]
-
-
-def _activate_forward(how: How, sums: tuple, biases: tuple) -> tuple:
-    # cuBLAS adds the bias, forms GELU and writes both before the product leaves its registers (BIAS_GELU_AUX)
-    sums = tuple(map(add_bias, sums, biases)) if how.biased else sums
-    return how.function(*sums), sums
+    def backward(self, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
+        return self.kernel.backward(self, sums, dx_BTD, w_FD)
 
 
-def _activate_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
-    return how.kernel.backward(how, sums, dact_BTF)
-
-
-activate.defvjp(_activate_forward, _activate_backward)
-
-
-def _xla_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
+def _xla_backward(of: Activation, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
     sums = jax.lax.optimization_barrier(sums)  # or what the forward formed in between is kept for it
-    dsums = jax.vjp(how.function, *sums)[1](dact_BTF)
+    dsums = jax.vjp(of.function, *sums)[1](input_gradient(dx_BTD, w_FD))
     dsums = jax.lax.optimization_barrier(dsums)  # or the compiler writes them in float32, for the sums below
-    return dsums, tuple(d.astype(jnp.float32).sum((0, 1)) for d in dsums) if how.biased else ()
+    return dsums, tuple(d.astype(jnp.float32).sum((0, 1)) for d in dsums) if of.biased else ()
 
 
-def _pallas_backward(how: How, sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
-    assert how.biased
-    layout = how.layout
-    over = () if layout.inside else layout.split("batch", "seq")  # inside, finish_gradient adds them up
-
-    def local(sums: tuple, dact_BTF: jax.Array) -> tuple[tuple, tuple]:
-        dsums, dbiases = activation_backward(how.function, sums, dact_BTF, interpret=layout.platform != "gpu")
-        return dsums, jax.lax.psum(dbiases, over) if over else dbiases
-
-    whole, vector = layout.spec(("batch", "seq", "mlp")), layout.spec(("mlp",))
-    return layout.on_mesh(local, (whole, whole), (whole, vector))(sums, dact_BTF)
+def _pallas_backward(of: Activation, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
+    assert of.biased
+    interpret = of.layout.platform != "gpu"
+    return activation_backward(of.function, sums, input_gradient(dx_BTD, w_FD), interpret=interpret)
 
 
 def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
@@ -122,7 +107,24 @@ def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
     return triton_refuses(layout, model.activation_kernel)
 
 
+def _hopper_backward(of: Activation, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
+    assert of.function is gelu
+    (up_BTF,) = sums
+    up_RF, dx_RD = (a.reshape(-1, a.shape[-1]) for a in (up_BTF, dx_BTD))
+    dup_RF, dbiases = product_gelu_backward(up_RF, dx_RD, w_FD, biased=of.biased)
+    return (dup_RF.reshape(up_BTF.shape),), dbiases
+
+
+def _hopper_refuses(model: ModelConfig, layout: Layout) -> str | None:
+    if capability(layout) != 9:
+        return f"it needs an NVIDIA GPU of compute capability 9, not a {layout.mesh.devices.flat[0].device_kind}"
+    if model.activation != "gelu" or model.dtype != "bfloat16":
+        return f"it is for gelu in bfloat16, not {model.activation} in {model.dtype}"
+    return refuses(model.embed_dim, model.mlp_dim // layout.num_parts(layout.split("mlp")))
+
+
 ACTIVATION = (
+    ActivationKernel("hopper", _hopper_backward, _hopper_refuses),
     ActivationKernel("pallas", _pallas_backward, _pallas_refuses),
     ActivationKernel("xla", _xla_backward, lambda *call: None),
 )

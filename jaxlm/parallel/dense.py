@@ -4,7 +4,8 @@
 Each function is the plain product of whole arrays; forward and backward are written for one device's share:
 
   columns   x [B, T, D] times weights [D, F]: positions gathered over the axes that split F, each device its share of F
-  rows      y [B, T, F] times a weight [F, D]: partial sums added over the axes that split F and split over positions again
+  rows      y [B, T, F] times a weight [F, D]: partial sums added over the axes that split F and split over positions again;
+            of y = f(sums), entry by entry, the backward goes on to d sums, which a kernel may form together with dy
   lookup    rows of a table [V, D] by token: no device ever holds more of the table than it does at rest
 
 A weight rests split further than it computes (the table's two columns): it is cast, gathered for the product, dropped, and
@@ -42,6 +43,32 @@ class Weight(Protocol):
     def __getitem__(self, index: Any, /) -> Value: ...
 
 
+class Made(Protocol):
+    """How what `rows` multiplies is made, entry by entry, of sums [B, T, F...] and their biases [F...], if they have any.
+
+    It is hashable.
+    """
+
+    def forward(self, sums: tuple[jax.Array, ...], biases: tuple[jax.Array, ...], /) -> tuple[jax.Array, tuple]:
+        """(y, the sums as the backward reads them), of whole arrays."""
+        ...
+
+    def backward(self, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array, /) -> tuple[tuple, tuple]:
+        """Local: (d sums, d biases: f32[F...] a bias, added up over these rows and positions) given d(y times w [F..., D])."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """A single array as it is."""
+
+    def forward(self, sums: tuple, biases: tuple) -> tuple[jax.Array, tuple]:
+        return sums[0], sums
+
+    def backward(self, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
+        return (input_gradient(dx_BTD, w_FD),), ()
+
+
 @dataclass(frozen=True)
 class Products:
     """Where and in which dtype products run. regather: gather weights again for the backward instead of keeping them;
@@ -57,7 +84,11 @@ class Products:
 
     def rows(self, y_BTF: jax.Array, weight: Weight) -> jax.Array:
         """y [B, T, F...] times a weight [F..., D], as RESIDUAL."""
-        return _rows(y_BTF, weight[...], self, tuple(weight.dims))
+        return self.rows_of(Given(), (y_BTF,), (), weight)
+
+    def rows_of(self, made: Made, sums: tuple, biases: tuple, weight: Weight) -> jax.Array:
+        """What is made of sums [B, T, F...] and their biases [F...], times a weight [F..., D], as RESIDUAL."""
+        return _rows(sums, biases, weight[...], self, tuple(weight.dims), made)
 
     def lookup(self, table: Weight, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the table [V, D], cast to the compute dtype, as RESIDUAL. The gradient adds up in float32."""
@@ -99,30 +130,34 @@ def _columns_backward(p, dims, saved, dys):
 _columns.defvjp(_columns_forward, _columns_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rows(y_BTF, weight, p: Products, dims):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _rows(sums, biases, weight, p: Products, dims, made: Made):
+    return _rows_forward(sums, biases, weight, p, dims, made)[0]
+
+
+def _rows_forward(sums, biases, weight, p, dims, made):
     def local(y_BTF, w):
         x_BTD = jnp.tensordot(y_BTF, gather_weight(p.layout, w, dims, p.dtype), len(dims) - 1)
         return scatter_positions(p.layout, x_BTD, p.layout.split(*dims[:-1]))
 
-    return _run(p, local, (("batch", "seq", *dims[:-1]), dims), RESIDUAL)(y_BTF, weight)
+    y_BTF, sums = made.forward(sums, biases)
+    x_BTD = _run(p, local, (("batch", "seq", *dims[:-1]), dims), RESIDUAL)(y_BTF, weight)
+    return x_BTD, (sums, y_BTF, weight)
 
 
-def _rows_forward(y_BTF, weight, p, dims):
-    return _rows(y_BTF, weight, p, dims), (y_BTF, weight)
-
-
-def _rows_backward(p, dims, saved, dx_BTD):
-    def local(y_BTF, w, dx_BTD):
+def _rows_backward(p, dims, made, saved, dx_BTD):
+    def local(sums, y_BTF, w, dx_BTD):
         y_BTF, w, dx_BTD = _again(p, (dims,), (y_BTF, w, dx_BTD))
         dx_BTD = gather_positions(p.layout, dx_BTD)
-        dy_BTF = jnp.tensordot(dx_BTD, gather_weight(p.layout, w, dims, p.dtype), (2, len(dims) - 1))
+        dsums, dbiases = made.backward(sums, dx_BTD, gather_weight(p.layout, w, dims, p.dtype))
         dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-        dy_BTF, dw_FD = _beside(p, (dy_BTF, dw_FD))
-        return dy_BTF, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
+        dsums, dw_FD = _beside(p, (dsums, dw_FD))
+        dbiases = tuple(reduce_gradient(p.layout, db_F, dims[:-1]) for db_F in dbiases)
+        return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
 
     y_dims = ("batch", "seq", *dims[:-1])
-    return _run(p, local, (y_dims, dims, RESIDUAL), (y_dims, dims), grads=True)(*saved, dx_BTD)
+    ins, outs = (y_dims, y_dims, dims, RESIDUAL), (y_dims, dims[:-1], dims)
+    return _run(p, local, ins, outs, grads=True)(*saved, dx_BTD)
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
@@ -170,6 +205,11 @@ def _local_rows(layout: Layout, table_VD, tokens_BT, group: tuple[str, ...]) -> 
     index = tokens_BT - (jax.lax.axis_index(vocab) * table_VD.shape[0] if vocab else 0)
     hit = (index >= 0) & (index < table_VD.shape[0])
     return jnp.where(hit, index, 0), hit
+
+
+def input_gradient(dx_BTD: jax.Array, w_FD: jax.Array) -> jax.Array:
+    """Local: d y [B, T, F...] of x = y times w [F..., D]."""
+    return jnp.tensordot(dx_BTD, w_FD, (2, w_FD.ndim - 1))
 
 
 def gather_positions(layout: Layout, x_BTD: jax.Array) -> jax.Array:
