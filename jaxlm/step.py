@@ -44,10 +44,15 @@ GPU = {
     "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
 }
 ONE_HOST = {  # on several GPUs of one process
-    # Gradients that are summed together are copied into one array and out of it again: scalars alone are worth that here;
+    # Gradients that are summed together are copied into one array and out of it again: vectors alone are worth that here;
     # between hosts a message each costs more.
-    "xla_gpu_all_reduce_combine_threshold_bytes": 4096,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 2**20,
 }
+if jax.__version_info__ >= (
+    0,
+    11,
+):  # sums up to 4 MB by XLA's own kernels: each waits for the other GPUs, and products for it
+    ONE_HOST["xla_gpu_experimental_use_collective_kernels"] = ""
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
 
@@ -395,7 +400,7 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
     )
 
 
-def compiler_options(program: Program) -> dict[str, bool | int]:
+def compiler_options(program: Program) -> dict[str, bool | int | str]:
     """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
     layout, flags = program.layout, os.environ.get("XLA_FLAGS", "")
     processes = {device.process_index for device in layout.mesh.devices.flat}
