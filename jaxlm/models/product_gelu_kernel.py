@@ -8,7 +8,7 @@ while the other turns its tile of d activation, which is never in memory, into d
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +66,61 @@ def product_gelu_backward(
     return dup_RF[:R], tuple(t.sum(0) for t in totals)
 
 
+class Loads(NamedTuple):
+    """What steps multiply, STAGES of them in flight, with barriers for either warpgroup. g counts steps on over tiles."""
+
+    dy: Any
+    weight: Any
+    full: Any
+    empty: Any
+    steps: int  # of a tile
+
+    def wait(self, g: Any) -> None:
+        """Until what step g has loaded is free again."""
+        user = lax.rem(lax.div(g, self.steps), 2)
+        plgpu.barrier_wait(self.empty.at[user * STAGES + lax.rem(g, STAGES)])
+
+    def load(self, t: Any, dy: Any, weight: Any) -> None:
+        """All steps of the t-th tile, of these rows and columns."""
+
+        def step(k: Any, _: None) -> None:
+            g = t * self.steps + k
+            slot = lax.rem(g, STAGES)
+            pl.when(g >= STAGES)(lambda: self.wait(g - STAGES))
+            ready, depth = self.full.at[lax.rem(t, 2) * STAGES + slot], pl.ds(k * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(dy.at[:, depth], self.dy.at[slot], ready)
+            plgpu.copy_gmem_to_smem(weight.at[:, depth], self.weight.at[slot], ready)
+
+        lax.fori_loop(0, self.steps, step, None)
+
+    def product(self, t: Any, warpgroup: Any, acc: Any) -> jax.Array:
+        """d activation of the t-th tile."""
+
+        def free(g: Any) -> None:
+            plgpu.barrier_arrive(self.empty.at[warpgroup * STAGES + lax.rem(g, STAGES)])
+
+        def step(k: Any, _: None) -> None:
+            g = t * self.steps + k
+            slot = lax.rem(g, STAGES)
+            plgpu.barrier_wait(self.full.at[warpgroup * STAGES + slot])
+            plgpu.wgmma(acc, self.dy.at[slot], self.weight.at[slot].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: free(g - 1))
+
+        lax.fori_loop(0, self.steps, step, None)
+        plgpu.wgmma_wait(0)
+        free(t * self.steps + self.steps - 1)
+        return acc[...]
+
+
 def _kernel(
     dy: Any, weight: Any, up: Any, dup: Any, *totals: Any, total: Any, dy_smem: Any, weight_smem: Any, up_smem: Any,
     totals_smem: Any, full: Any, empty: Any, up_here: Any,
 ) -> None:  # fmt: skip
     warpgroup, first, programs = lax.axis_index("warpgroup"), lax.axis_index("program"), lax.axis_size("program")
-    down, across, steps = dy.shape[0] // ROWS, weight.shape[0] // COLUMNS, dy.shape[1] // DEPTH
+    down, across = dy.shape[0] // ROWS, weight.shape[0] // COLUMNS
     count = (down * across - first + programs - 1) // programs
+    loads = Loads(dy_smem, weight_smem, full, empty, dy.shape[1] // DEPTH)
 
     def at(t: Any) -> tuple[Any, Any]:
         """Rows and columns of this program's t-th tile."""
@@ -81,49 +129,16 @@ def _kernel(
         tall = jnp.minimum(down - band * GROUP, GROUP)
         return pl.ds((band * GROUP + within % tall) * ROWS, ROWS), pl.ds(within // tall * COLUMNS, COLUMNS)
 
-    def wait(g: Any) -> None:
-        """Until what step g has loaded is free again."""
-        user = lax.rem(lax.div(g, steps), 2)
-        plgpu.barrier_wait(empty.at[user * STAGES + lax.rem(g, STAGES)])
-
     def load() -> None:
         plgpu.set_max_registers(LOADING, action="decrease")
 
         def one(t: Any, _: None) -> None:
             rows, columns = at(t)
-
-            def step(k: Any, _: None) -> None:
-                g = t * steps + k
-                slot = lax.rem(g, STAGES)
-                pl.when(g >= STAGES)(lambda: wait(g - STAGES))
-                ready, depth = full.at[lax.rem(t, 2) * STAGES + slot], pl.ds(k * DEPTH, DEPTH)
-                plgpu.copy_gmem_to_smem(dy.at[rows, depth], dy_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(weight.at[columns, depth], weight_smem.at[slot], ready)
-
-            lax.fori_loop(0, steps, step, None)
+            loads.load(t, dy.at[rows], weight.at[columns])
 
         lax.fori_loop(0, count, one, None)
-        num = count * steps  # a barrier that nobody has waited for is an error where it is interpreted
-        lax.fori_loop(jnp.maximum(num - STAGES, 0), num, lambda g, _: wait(g), None)
-
-    def product(t: Any, acc: Any) -> jax.Array:
-        """d activation of the t-th tile."""
-
-        def free(g: Any) -> None:
-            plgpu.barrier_arrive(empty.at[warpgroup * STAGES + lax.rem(g, STAGES)])
-
-        def step(k: Any, _: None) -> None:
-            g = t * steps + k
-            slot = lax.rem(g, STAGES)
-            plgpu.barrier_wait(full.at[warpgroup * STAGES + slot])
-            plgpu.wgmma(acc, dy_smem.at[slot], weight_smem.at[slot].transpose((1, 0)))
-            plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: free(g - 1))
-
-        lax.fori_loop(0, steps, step, None)
-        plgpu.wgmma_wait(0)
-        free(t * steps + steps - 1)
-        return acc[...]
+        num = count * loads.steps  # a barrier that nobody has waited for is an error where it is interpreted
+        lax.fori_loop(jnp.maximum(num - STAGES, 0), num, lambda g, _: loads.wait(g), None)
 
     def compute() -> None:
         plgpu.set_max_registers(COMPUTE, action="increase")
@@ -134,7 +149,7 @@ def _kernel(
             rows, columns = at(t)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.copy_gmem_to_smem(up.at[rows, columns], mine, up_here.at[warpgroup])
-            dact = pl.run_scoped(partial(product, t), plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            dact = pl.run_scoped(partial(loads.product, t, warpgroup), plgpu.ACC((ROWS, COLUMNS), jnp.float32))
             plgpu.barrier_wait(up_here.at[warpgroup])
             for c in range(0, COLUMNS, CHUNK):
                 part = slice(c, c + CHUNK)
