@@ -312,7 +312,7 @@ REMAT_NAMES = {
     "attn_context": "attention's output before its projection, with its log-normaliser: no forward kernel runs again",
     "attn_residual": "the residual with attention's branch added",
     "mlp_norm": "normalised input of the MLP",
-    "mlp_up": "MLP before its bias and activation",
+    "mlp_up": "MLP before its activation",
     "mlp_gate": "gate of a SwiGLU before its bias and activation",
     "mlp_act": "MLP after its activation",
 }

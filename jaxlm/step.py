@@ -43,7 +43,7 @@ GPU = {
     "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
     "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
 }
-ONE_HOST = {  # on several GPUs of one process
+ONE_HOST: dict[str, int | str] = {  # on several GPUs of one process
     # Gradients that are summed together are copied into one array and out of it again: vectors alone are worth that here;
     # between hosts a message each costs more.
     "xla_gpu_all_reduce_combine_threshold_bytes": 2**20,

@@ -41,10 +41,10 @@ class MLP(nnx.Module):
         biases = tuple(bias[...] for bias in (self.up_bias, self.gate_bias) if bias is not None)
         if self.gate is None:
             (up_BTF,) = self.products.columns(x_BTD, self.up)
-            function, sums = gelu, (checkpoint_name(up_BTF, "mlp_up"),)
+            function, sums = gelu, (up_BTF,)
         else:
             up_BTF, gate_BTF = self.products.columns(x_BTD, self.up, self.gate)
-            function, sums = swiglu, (checkpoint_name(up_BTF, "mlp_up"), checkpoint_name(gate_BTF, "mlp_gate"))
+            function, sums = swiglu, (up_BTF, gate_BTF)
         activation = Activation(function, kernel, self.layout, self.model.use_bias)
         return self.products.rows_of(activation, sums, biases, self.down)
 
@@ -82,6 +82,7 @@ class Activation:
     def forward(self, sums: tuple, biases: tuple) -> tuple[jax.Array, tuple]:
         # cuBLAS adds the bias, forms GELU and writes both before the product leaves its registers (BIAS_GELU_AUX)
         sums = tuple(map(add_bias, sums, biases)) if self.biased else sums
+        sums = tuple(map(checkpoint_name, sums, ("mlp_up", "mlp_gate")))
         return checkpoint_name(self.function(*sums), "mlp_act"), sums
 
     def backward(self, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array) -> tuple[tuple, tuple]:
