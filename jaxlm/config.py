@@ -127,7 +127,7 @@ class TrainConfig:
     eval_batches: int = setting(0, "batches in one evaluation (0: all held-out rows once)")
     z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
     loss_chunk_tokens: int = setting(
-        0, "tokens whose logits exist at one time on a device (0: as many as fill 3.5 GiB)"
+        0, "tokens whose logits exist at one time on a device (0: as the loss kernel has it)"
     )
     max_nonfinite_steps: int = setting(
         5,
@@ -313,7 +313,7 @@ REMAT_NAMES = {
     "attn_residual": "the residual with attention's branch added",
     "mlp_norm": "normalised input of the MLP",
     "mlp_up": "MLP before its activation",
-    "mlp_gate": "gate of a SwiGLU before its bias and activation",
+    "mlp_gate": "gate of a SwiGLU before its activation",
     "mlp_act": "MLP after its activation",
 }
 

@@ -18,7 +18,7 @@ from jaxlm.metrics.flops import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
 from jaxlm.session import kernel_facts
-from jaxlm.step import Program, abstract_state, compiler_options, num_params
+from jaxlm.step import Program, abstract_state, num_params, step_options
 
 LAYOUT_FILE = "layout.txt"
 
@@ -78,7 +78,7 @@ def header(
     """What a run says of itself before its first step. found: the collectives of a step."""
     m, t = program.config.model, program.config.train
     mesh = " x ".join(f"{axis}={n}" for axis, n in facts["mesh"].items()) or "one device"
-    memory, options = facts["memory_bytes_per_device"], compiler_options(program)
+    memory, options = facts["memory_bytes_per_device"], step_options(program)
     traffic = f"; {communication_summary(found)}" if program.layout.mesh.size > 1 else ""
     lines = (
         ("run", f"{workdir}  " + (f"resumes after step {start}" if start else "starts at step 0")),

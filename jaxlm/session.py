@@ -131,7 +131,7 @@ def _fits(mesh: MeshConfig) -> bool:
 
 
 def kernel_facts(program: Program) -> dict[str, str]:
-    """What attention and norms run on and, where rows are split over devices, how they meet; with each choice's reasons."""
+    """What each operation that has several kernels runs on and, where rows are split over devices, how they meet; and why."""
     model, layout = program.config.model, program.layout
     facts = {key.removesuffix("_kernel"): str(choice) for key, choice in chosen_kernels(program.config, layout).items()}
     if layout.split("seq"):

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,27 +32,11 @@ from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.rules import Layout, by_dims
 from jaxlm.parallel.working import gradients, working_copies
+from jaxlm.parallel.xla import Options, compiler_options
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
 BATCH_DIMS = ("batch", "seq")
 WINDOW = 128  # steps whose losses and gradient norms say what is usual
-# What XLA is asked for on NVIDIA GPUs where XLA_FLAGS does not say otherwise. Per program: in XLA_FLAGS a name that this XLA
-# does not know would end the process without a word.
-GPU = {
-    "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
-    "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
-}
-ONE_HOST: dict[str, int | str] = {  # on several GPUs of one process
-    # Gradients that are summed together are copied into one array and out of it again: vectors alone are worth that here;
-    # between hosts a message each costs more.
-    "xla_gpu_all_reduce_combine_threshold_bytes": 2**20,
-}
-if jax.__version_info__ >= (
-    0,
-    11,
-):  # sums up to 4 MB by XLA's own kernels: each waits for the other GPUs, and products for it
-    ONE_HOST["xla_gpu_experimental_use_collective_kernels"] = ""
-DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=[])
@@ -396,17 +379,13 @@ def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainS
         in_shardings=(state, rows),
         out_shardings=(state, StepMetrics(*(whole for _ in StepMetrics._fields))),
         donate_argnums=0,
-        compiler_options=compiler_options(program),
+        compiler_options=step_options(program),
     )
 
 
-def compiler_options(program: Program) -> dict[str, bool | int | str]:
-    """What XLA is asked for beyond its defaults. An option it does not know is an error of `compile`, not an abort."""
-    layout, flags = program.layout, os.environ.get("XLA_FLAGS", "")
-    processes = {device.process_index for device in layout.mesh.devices.flat}
-    asked = GPU | (ONE_HOST if layout.mesh.size > len(processes) == 1 else {})
-    asked = {name: value for name, value in asked.items() if layout.platform == "gpu" and name not in flags}
-    return asked | (DETERMINISTIC if program.config.train.deterministic else {})
+def step_options(program: Program) -> Options:
+    """What XLA is asked for, for a step and an evaluation."""
+    return compiler_options(program.layout, deterministic=program.config.train.deterministic)
 
 
 def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
@@ -415,7 +394,7 @@ def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, ja
         partial(eval_step, program),
         in_shardings=(params, rows),
         out_shardings=(whole, whole),
-        compiler_options=compiler_options(program),
+        compiler_options=step_options(program),
     )
 
 

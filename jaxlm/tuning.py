@@ -31,7 +31,16 @@ from jaxlm.feed import abstract_batch, put_batch, row_share
 from jaxlm.metrics.writer import write_atomically
 from jaxlm.models.pieces import KEPT
 from jaxlm.parallel.gang import Gang
-from jaxlm.step import Program, TrainState, abstract_state, compile_step, init_state, make_program
+from jaxlm.step import (
+    Program,
+    TrainState,
+    abstract_state,
+    chosen_kernels,
+    compile_step,
+    init_state,
+    make_program,
+    step_options,
+)
 
 STEPS = 3  # timed, after one that is not
 SETTINGS = ("batch_size", "seq_len", "accumulate", "z_loss", "loss_chunk_tokens", "skip_spikes", "deterministic")
@@ -169,7 +178,8 @@ def fingerprint(program: Program, limit_bytes: int | None) -> str:
         pipeline=dataclasses.asdict(config.pipeline), optim=[config.optim.name, config.optim.offload],
         train={name: getattr(config.train, name) for name in SETTINGS}, documents=config.data.separates,
         device=jax.devices()[0].device_kind, limit_gib=limit_bytes and limit_bytes >> 30, flags=os.environ.get("XLA_FLAGS", ""),
-        versions=[jax.__version__, jaxlm.__version__],
+        kernels={key: choice.kernel.name for key, choice in chosen_kernels(config, layout).items()},
+        options=step_options(program), versions=[jax.__version__, jaxlm.__version__],
     )  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -34,7 +34,7 @@ from jaxlm.parallel.context import attend
 from jaxlm.parallel.dense import Products
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.rules import Layout
-from jaxlm.step import GPU
+from jaxlm.parallel.xla import GPU
 
 F32 = jnp.float32
 WORKERS = 8  # cases at a time: nearly all of a case is compiling
@@ -245,7 +245,11 @@ def cross_entropies(layout: Layout, rng: np.random.Generator) -> Iterator[Case]:
     """Logits are rounded: their gradient w (softmax - one_hot) is off by up to |logit| units where the softmax is not small,
     |logit| about 2 for logits of deviation 1; it is rounded itself, and what is written is."""
     shapes = [(96, 24, 64, 61)]  # tokens, D, V, ids
-    shapes += [(2048, 768, 50304, 50257), (500, 512, 250880, 250680)] if layout.platform == "gpu" else []
+    shapes += (
+        [(2048, 768, 50304, 50257), (500, 512, 250880, 250680), (200, 256, 32768, 32768)]
+        if layout.platform == "gpu"
+        else []
+    )
     kinds = (("bfloat16", 0.0), ("bfloat16", 1e-2), ("float32", 0.0), ("float32", 1e-2))
     for (tokens, D, V, ids), (dtype, z_loss) in itertools.product(shapes, kinds):
         labels = jnp.asarray(rng.integers(0, ids, (1, tokens)), jnp.int32)
@@ -355,6 +359,20 @@ def products(layout: Layout, rng: np.random.Generator) -> Iterator[Case]:
             links=3,
             terms=max(R, D, F),
             unit=unit(dtype, layout, products=True),
+        )
+
+        def drawn_sums(draw: Draw, R=R, F=F, dtype=dtype) -> tuple:
+            return draw((1, R, F), dtype), draw((F,))
+
+        # a bias alone, whose gradient no product blurs: rounded itself, and the sum
+        yield Case(
+            f"bias {dtype} {R}x{F}",
+            {"xla": (add_bias, 2)},
+            jnp.add,
+            drawn_sums,
+            links=1,
+            terms=R,
+            unit=unit(dtype, layout),
         )
 
 

@@ -16,13 +16,11 @@ from jaxlm.data.loader import Batch
 from jaxlm.feed import put_batch
 from jaxlm.models.gpt import GPT, _unroll
 from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.xla import DETERMINISTIC, GPU, ONE_HOST, compiler_options
 from jaxlm.step import (
-    GPU,
-    ONE_HOST,
     WINDOW,
     compile_eval,
     compile_step,
-    compiler_options,
     init_state,
     make_program,
     mean_loss_and_grads,
@@ -355,20 +353,19 @@ def test_without_spike_skipping_the_state_and_its_checkpoint_have_no_part_of_it(
 
 
 def test_gpus_have_options_that_xla_knows_and_xla_flags_overrides(monkeypatch):
-    alone, two = (make_program(tiny.config(num_layers=1), tiny.layout(n, data=n)) for n in (1, 2))
-    assert compiler_options(alone) == compiler_options(two) == {}
+    alone, two = (partial(compiler_options, tiny.layout(n, data=n)) for n in (1, 2))
+    assert (two(deterministic=False), two(deterministic=True)) == ({}, DETERMINISTIC)
     monkeypatch.setattr(Layout, "platform", "gpu")
-    assert compiler_options(alone) == GPU
-    assert compiler_options(two) == GPU | ONE_HOST
+    assert (alone(deterministic=False), two(deterministic=False)) == (GPU, GPU | ONE_HOST)
     assert jax.jit(lambda x: x + 1, compiler_options=GPU | ONE_HOST)(1) == 2
-    monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}=1" for name in ONE_HOST))
-    assert compiler_options(two) == GPU
+    monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}=1" for name in ONE_HOST) + f" --{next(iter(GPU))}_not")
+    assert two(deterministic=False) == GPU
 
 
 def test_deterministic_kernels_are_asked_of_xla_and_an_unknown_option_is_an_error_not_an_abort(monkeypatch):
     c = tiny.config(num_layers=1, train=dict(deterministic=True))
     plain, asked = (run(tiny.replace(c, train=dict(deterministic=d)), [tiny.batch(c)] * 2)[0] for d in (False, True))
     assert_bitwise(plain, asked)  # a CPU has no other kernels
-    monkeypatch.setattr("jaxlm.step.DETERMINISTIC", {"xla_gpu_no_such_option": True})
+    monkeypatch.setattr("jaxlm.parallel.xla.DETERMINISTIC", {"xla_gpu_no_such_option": True})
     with pytest.raises(Exception, match="No such compile option: 'xla_gpu_no_such_option'"):
         run(c, [tiny.batch(c)])

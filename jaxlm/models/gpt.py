@@ -83,7 +83,7 @@ class GPT(nnx.Module):
         return self.embed.tokens if self.head is None else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """f32[B, T, vocab_size]: for sampling and scoring; training goes through loss.py and never holds these."""
+        """f32[B, T, vocab_size]: for sampling and scoring; training goes through loss.py, a chunk of tokens at a time."""
         head_VD = use(self.head_table, self.model.dtype, self.layout)
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
         return logits_BTV[..., : self.model.vocab_size]

@@ -159,9 +159,10 @@ def _cudnn_settings(q_BTNH, bias, causal: bool) -> dict[str, Any]:
 def _cudnn_operands(q_BTNH, k_BSKH, v_BSKH, bias) -> tuple[jax.Array, ...]:
     """q, k, v, bias, and the primitives' six places for lengths, offsets and pages of ragged rows, left empty.
 
-    The bias is read rounded to bfloat16, which puts a penalty b off by up to 2^-8 |b|, 2^-9 |b| in the two-norm. The weight
-    it belongs to falls as e^b, over which |b| is 1/sqrt(2) in the two-norm: less than one more rounding of the weights.
-    XLA forms one array of it for all layers, half as large as one row of the logits that `xla` would hold.
+    The bias is read rounded to bfloat16, which puts a penalty b off by up to 2^-8 |b|, 2^-9 |b| in the two-norm. Where weights
+    fall with their penalties, as e^b, |b| is 1/sqrt(2) over them in the two-norm: less than one more rounding of the weights.
+    Logits that outweigh large penalties see more of it: 5.5 roundings where a query attends by its slightest slope, 2^-8, to
+    keys 1,024 to 2,047 positions back alone. Unless layers are scanned or rematerialised XLA forms one array of it for all.
     """
     empty = jnp.zeros(0, q_BTNH.dtype)
     if bias is None:

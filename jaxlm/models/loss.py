@@ -1,6 +1,6 @@
 # Dims: B batch, T position, D model width, V padded vocabulary, N tokens of one device, C chunks of them,
 # S shards of the vocabulary.
-"""Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no [B, T, V] array exists.
+"""Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no other logits exist.
 
 Fully manual over the mesh: each device sees its rows, its positions and its shard of the vocabulary, and what must be
 summed is summed once, after the last chunk.
@@ -24,7 +24,6 @@ from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import Value, gradient_of
 
 HEAD = ("vocab", "embed")
-LOGITS_BYTES = 7 * 2**29  # of a chunk: each chunk more reads and writes the head's gradient once more
 
 
 class Settings(NamedTuple):
@@ -39,11 +38,14 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class LossKernel:
-    """terms: (logits_NV, labels_N, weights_N, Settings, gradient: bool) -> (z_N, label_N, d objective / d logits in their
+    """chunk_bytes: of the logits that exist at one time, where the config does not say how many: each chunk more reads and
+      writes the head's gradient once more.
+    terms: (logits_NV, labels_N, weights_N, Settings, gradient: bool) -> (z_N, label_N, d objective / d logits in their
       dtype or None): f32 log sum exp of a row and the logit of its label, of whole rows whichever share of V is here.
     refuses: (model config, layout) -> None if it serves, else the reason."""
 
     name: str
+    chunk_bytes: int
     terms: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]
     refuses: Callable[[ModelConfig, Layout], str | None]
 
@@ -69,7 +71,7 @@ def cross_entropy_sums(
     Args:
       x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
-      chunk_tokens: about how many tokens' logits exist at a time on a device; 0: as many as have LOGITS_BYTES.
+      chunk_tokens: about how many tokens' logits exist at a time on a device; 0: as many as have the kernel's chunk_bytes.
       kernel: of LOSS; None is XLA's.
 
     Source: z-loss, Chowdhery et al., arXiv:2204.02311, section 5.
@@ -111,8 +113,7 @@ def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, w
     layout = settings.layout
     head_VD = gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
     x_BTD = gather_positions(layout, x_BTD)
-    fitting = max(1, LOGITS_BYTES // (head_VD.shape[0] * head_VD.dtype.itemsize))
-    C = num_chunks(labels_BT.size, settings.chunk_tokens or fitting)
+    C = num_chunks(labels_BT.size, settings.chunk_tokens or fitting_tokens(settings.kernel, head_VD))
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
 
     def add(sums, chunk):
@@ -170,8 +171,9 @@ def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:
     return f"the vocabulary is split over {vocab}" if vocab else triton_refuses(layout, model.loss_kernel)
 
 
-XLA = LossKernel("xla", _xla_terms, lambda *call: None)
-LOSS = (LossKernel("pallas", _pallas_terms, _pallas_refuses), XLA)
+# XLA's gradient is an array beside the logits, Pallas' takes their place
+XLA = LossKernel("xla", 3 * 2**28, _xla_terms, lambda *call: None)
+LOSS = (LossKernel("pallas", 7 * 2**29, _pallas_terms, _pallas_refuses), XLA)
 
 
 def choose_loss(model: ModelConfig, layout: Layout) -> Choice:
@@ -180,6 +182,11 @@ def choose_loss(model: ModelConfig, layout: Layout) -> Choice:
     Raises: UserError if a named kernel refuses.
     """
     return choose("model.loss_kernel", model.loss_kernel, LOSS, model, layout)
+
+
+def fitting_tokens(kernel: LossKernel, head_VD: jax.Array) -> int:
+    """Tokens whose logits, of this head and in its dtype, have chunk_bytes; at least one."""
+    return max(1, kernel.chunk_bytes // (head_VD.shape[0] * head_VD.dtype.itemsize))
 
 
 def num_chunks(num_tokens: int, chunk_tokens: int) -> int:

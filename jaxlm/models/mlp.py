@@ -121,6 +121,8 @@ def _hopper_refuses(model: ModelConfig, layout: Layout) -> str | None:
         return f"it needs an NVIDIA GPU of compute capability 9, not a {layout.mesh.devices.flat[0].device_kind}"
     if model.activation != "gelu" or model.dtype != "bfloat16":
         return f"it is for gelu in bfloat16, not {model.activation} in {model.dtype}"
+    if layout.mesh.size > 1 and model.activation_kernel == "auto":
+        return "it has been held to float32 and timed on one GPU alone; name it to have it on several"
     return refuses(model.embed_dim, model.mlp_dim // layout.num_parts(layout.split("mlp")))
 
 

@@ -58,7 +58,7 @@ def add_bias(y: jax.Array, bias: Parameter | jax.Array | None) -> jax.Array:
 
 @jax.custom_vjp
 def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """Of a product's two dims and in its dtype, as cuBLAS adds a bias before it writes the product."""
+    """With all dims of the bias as one and in the product's dtype: so cuBLAS adds it before it writes the product."""
     return (y.reshape(*y.shape[:2], -1) + bias.astype(y.dtype).reshape(-1)).reshape(y.shape)
 
 

@@ -16,7 +16,7 @@ from jaxlm.models import softmax_kernel
 from jaxlm.models.embed import dropout
 from jaxlm.models.gpt import GPT, Block
 from jaxlm.models.kernels import choose_attention
-from jaxlm.models.loss import LOSS, choose_loss, cross_entropy_sums, num_chunks
+from jaxlm.models.loss import LOSS, choose_loss, cross_entropy_sums, fitting_tokens, num_chunks
 from jaxlm.models.norm import Stream
 from jaxlm.models.position import alibi_slopes
 from jaxlm.models.presets import PRESETS, PUBLISHED_PARAMS
@@ -164,6 +164,9 @@ def test_alibi_slopes_follow_the_paper_and_blooms_order():
 
 def test_chunks_are_neither_huge_nor_tiny():
     assert [num_chunks(n, 8192) for n in (100, 8192, 16384, 32 * 1021, 480 * 1024)] == [1, 1, 2, 4, 60]
+    whole = jnp.zeros((50304, 4), "bfloat16")  # a head of GPT-2's vocabulary
+    assert [fitting_tokens(kernel, whole) for kernel in LOSS] == [37353, 8004]
+    assert fitting_tokens(LOSS[0], jnp.zeros((2**29, 4), "int8")) == 7
     assert num_chunks(10007, 8192) == 1  # a prime number of tokens stays whole rather than one by one
 
 
