@@ -14,7 +14,7 @@ from test_norm import near
 from jaxlm.config import UserError
 from jaxlm.models import activation_kernel, product_gelu_kernel
 from jaxlm.models.mlp import ACTIVATION, Activation, choose_activation, gelu, swiglu
-from jaxlm.models.params import Parameter
+from jaxlm.models.params import Parameter, add_bias
 from jaxlm.parallel.dense import Products
 
 PALLAS, XLA = (next(kernel for kernel in ACTIVATION if kernel.name == name) for name in ("pallas", "xla"))
@@ -46,6 +46,17 @@ def gradients(kernel, function, layout, shape):
 def test_one_pass_is_the_derivative_and_its_sums_over_rows(monkeypatch, function, shape):
     monkeypatch.setattr(activation_kernel, "PROGRAMS", 4)  # of two or more blocks; neither rows nor columns fill theirs
     near(*(gradients(kernel, function, tiny.layout(), shape) for kernel in (PALLAS, XLA)), REORDERED)
+
+
+def test_a_bias_gradient_of_bfloat16_rows_is_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(activation_kernel, "PROGRAMS", 1)  # which adds 257 rows up in three entries
+    rows, want = (7, 293), 2051  # bfloat16 rounds it to 2048, and stops at 256 when it adds ones
+    y = jnp.zeros((*rows, 2), "bfloat16")
+    summed = [jax.grad(lambda bias: add_bias(y, bias).astype("float32").sum())(jnp.zeros(2))]
+    for kernel in (PALLAS, XLA):
+        dx, down = jnp.full((*rows, 1), 2, "bfloat16"), jnp.ones((2, 1), "bfloat16")  # half of dx: gelu' is 1/2 at 0
+        summed += Activation(gelu, kernel, tiny.layout(), biased=True).backward((y,), dx, down)[1]
+    np.testing.assert_array_equal(summed, want)
 
 
 def test_on_a_mesh_each_row_counts_once():

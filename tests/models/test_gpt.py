@@ -66,7 +66,7 @@ def numpy_logits(p, m, tokens):
             if m.activation == "gelu":
                 act = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
             else:
-                gate = y @ f["gate"]
+                gate = y @ f["gate"] + (f["gate_bias"] if m.use_bias else 0)
                 act = gate / (1 + np.exp(-gate)) * up
             x = x + act @ f["down"] + (f["down_bias"] if m.use_bias else 0)
         rows.append(numpy_norm(p["final_norm"], x, m.norm, m.norm_eps))
@@ -74,12 +74,13 @@ def numpy_logits(p, m, tokens):
     return (np.stack(rows) @ head.T)[..., : m.vocab_size]
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_equal_a_plain_float64_model(family):
-    m = tiny.config(family).model
+@pytest.mark.parametrize(("family", "use_bias"), [("gpt2", True), ("bloom", True), ("llama", False), ("llama", True)])
+def test_logits_equal_a_plain_float64_model(family, use_bias):
+    m = tiny.config(family, use_bias=use_bias).model
     model = GPT(m, jax.random.key(0), tiny.layout())
-    # biases and scales away from 0 and 1, so that a forgotten one shows
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params_of(model))
+    # biases and scales away from 0 and 1 and from each other, so that one forgotten or in another's place shows
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(lambda x: x + 0.1 * draw(x.shape, "float32"), params_of(model))
     tokens = np.random.default_rng(0).integers(0, m.vocab_size, (2, 16))
     model = nnx.merge(nnx.split(model)[0], params)
     want = numpy_logits(jax.tree.map(np.float64, params), m, tokens)
