@@ -142,9 +142,8 @@ def kernel_facts(program: Program) -> dict[str, str]:
 def use_device_settings(config: Config) -> None:
     """What must be set before jax takes hold of a device: memory share, queues, threads, compilation cache."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
-    if (
-        len(visible_gpus()) > 1
-    ):  # one queue for work of all streams: a collective is not put off behind products after it
+    if len(visible_gpus()) > 1:
+        # one queue for the work of all streams: a collective is not put off behind products that come after it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # XLA lends 64 GB of pinned host memory, a ceiling and no reservation; a host of eight GPUs saves and offloads more.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "65536")
