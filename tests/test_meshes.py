@@ -167,7 +167,11 @@ def check_bfloat16(one_device, family: str, degrees: tuple[int, ...]):
         assert np.linalg.norm(np.float64(a) - b) <= 2 * np.linalg.norm(np.float64(b) - c), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize(("degrees", "family"), [((2, 1, 2, 2), "gpt2"), ((1, 8, 1, 1), "llama")], ids=str)
+@pytest.mark.parametrize(
+    ("degrees", "family"),
+    [((2, 1, 2, 2), "gpt2"), pytest.param((1, 8, 1, 1), "llama", marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_bfloat16_differs_over_a_mesh_by_its_own_rounding_alone(one_device, degrees, family):
     check_bfloat16(one_device, family, degrees)
 

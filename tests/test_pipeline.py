@@ -126,7 +126,9 @@ def everything(*counts: int):
     return tiny.replace(config("gpt2", schedule="1f1b", model=model, **cut), train=dict(z_loss=0.1))
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1, 1), pytest.param((1, 2, 1, 1), marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.parametrize(
+    "counts", [(1, 1), *(pytest.param(c, marks=pytest.mark.nightly) for c in ((1, 1, 1, 1), (1, 2, 1, 1)))], ids=str
+)
 def test_dropout_and_recomputation_are_those_of_one_device(one_device, counts):
     """Masks are a function of layer, microbatch and place: no schedule, mesh or remat changes them."""
     check(one_device, everything(*counts), 4, pipeline=2, context=2)

@@ -184,7 +184,7 @@ def choose_loss(model: ModelConfig, layout: Layout) -> Choice:
     return choose("model.loss_kernel", model.loss_kernel, LOSS, model, layout)
 
 
-def fitting_tokens(kernel: LossKernel, head_VD: jax.Array) -> int:
+def fitting_tokens(kernel: LossKernel, head_VD: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Tokens whose logits, of this head and in its dtype, have chunk_bytes; at least one."""
     return max(1, kernel.chunk_bytes // (head_VD.shape[0] * head_VD.dtype.itemsize))
 
