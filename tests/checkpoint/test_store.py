@@ -3,9 +3,11 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from jaxlm.checkpoint import checksum, store
 from jaxlm.checkpoint.layout import committed_steps
 from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
-from jaxlm.config import UserError
-from jaxlm.parallel.gang import Gang, Limits, free_port
+from jaxlm.config import Exit, UserError
+from jaxlm.parallel.gang import free_port
 
+HERE = Path(__file__).resolve().parent
 WIDTH = 64
 small = partial(make_state, width=WIDTH)
 
@@ -103,45 +106,26 @@ def test_a_failed_save_is_told_and_the_same_step_can_be_tried_again(checkpoints,
     assert committed_steps(checkpoints.directory) == [5]
 
 
-def test_in_a_gang_a_part_that_was_not_staged_is_everybodys_failure_and_one_not_written_ends_its_process(
-    tmp_path, monkeypatch
-):
-    """Two stores, in a thread each, that save together, each into a directory of its own."""
-    staged, port = store.stage, free_port()
-
-    def stage(named):
-        if threading.current_thread().name == "save_1" and full.is_set():
-            raise OSError("no room")
-        return staged(named)
-
-    def save(process):
-        threading.current_thread().name = f"save_{process}"
-        gang = Gang(process, 2, f"127.0.0.1:{port}", name=f"n{process}", limits=Limits(join_s=9, wait_s=9))
-        with gang, CheckpointStore(tmp_path / str(process), gang=gang) as opened:
-            for step in (1, 2):
-                gang.settle("step")
-                (full.clear if step == 2 else full.set)()
-                gang.settle("save")
-                opened.save(step, small(step))
-                opened.wait()
-                opened.check()
-            told = [outcome.error for outcome in opened.poll()]
-            gang.settle("both are committed")
-            if process == 0:
-                hold_saves(monkeypatch, OSError("No space left on device")).set()
-            gang.settle("both will fail")
-            with pytest.raises(UserError, match="step 3\n  was not saved: OSError: No space left") as error:
-                opened.save(3, small(3))
-                opened.wait()
-                opened.check()
-            return told, error.value.exit_code
-
-    full = threading.Event()
-    monkeypatch.setattr(store, "LEAVE_S", 0.1)
-    monkeypatch.setattr(store, "stage", stage)
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(save, (0, 1))) == [(["process 1 (n1): OSError: no room", None], 3)] * 2
-    assert committed_steps(tmp_path / "0") == committed_steps(tmp_path / "1") == [2]
+def test_in_a_gang_a_part_that_was_not_staged_is_everybodys_failure_and_one_not_written_ends_them_all(tmp_path):
+    port, environment = free_port(), os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "saver.py"), str(process), str(port), str(tmp_path / str(process))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    said = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [Exit.UNUSABLE] * 2, said
+    saves = ["1 ['process 1 (n1): OSError: no room']", "2 [None]"]
+    why = "checkpoint of step 3\n  was not saved: OSError: No space left on device\n"
+    assert said[0].splitlines()[:2] == saves and f"error: process 1 (n1) left: {why}" in said[0], said[0]
+    assert said[1].splitlines()[:2] == saves and f"\n{why}" in said[1], said[1]
+    # process 0 may or may not have written its own before it was ended
+    assert committed_steps(tmp_path / "0")[:1] == committed_steps(tmp_path / "1") == [2]
 
 
 def test_a_failure_that_nobody_polled_is_logged_at_the_end(tmp_path, monkeypatch, caplog):
