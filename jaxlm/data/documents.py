@@ -40,7 +40,7 @@ class Parsed(NamedTuple):
     """The documents of a chunk: `texts[k][d]` is the text of key k in document d; and each line that has none."""
 
     texts: list[list[str]]
-    bad_lines: list[tuple[int, str]]  # number, what is wrong
+    bad_lines: list[tuple[str, str]]  # where, what is wrong
 
 
 def expand(patterns: tuple[str, ...], *, setting: str) -> list[str]:
@@ -138,7 +138,7 @@ def parse(chunk: Chunk, *, keys: tuple[str, ...]) -> Parsed:
             for texts, text in zip(parsed.texts, _fields(line, keys), strict=True):
                 texts.append(text)
         except ValueError as error:
-            parsed.bad_lines.append((number, str(error)))
+            parsed.bad_lines.append((f"{chunk.path}, line {number}", str(error)))
     return parsed
 
 

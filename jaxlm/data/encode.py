@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -11,12 +10,11 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,12 +32,11 @@ BAD_LINES_KEPT = 20
 class Encoded(NamedTuple):
     """A chunk's documents, for each key: tokens end to end, int32[n], and their counts, int64[documents], none 0."""
 
-    path: str
     text_bytes: int
     tokens: list[np.ndarray]
     lengths: list[np.ndarray]
     num_empty: int
-    bad_lines: list[tuple[int, str]]
+    bad_lines: list[tuple[str, str]]  # where, what is wrong
 
 
 @dataclass
@@ -55,39 +52,8 @@ class Totals:
     bad_lines: list[str] = field(default_factory=list)  # the first of them
 
 
-class Reader:
-    """Reads files and shows on stderr how far it is, speed and time left: at once on a terminal, else now and then.
-
-    `before` is what an earlier, ended run had read of them: it is passed over.
-    """
-
-    def __init__(self, files: Sequence[str], *, before: Totals | None = None):
-        self.files, self._before, self._start_s = files, dataclasses.replace(before or Totals()), time.perf_counter()
-        self._bar = progress_bar(sum(map(os.path.getsize, files)), "read", "B", unit_scale=True)
-
-    def chunks(self) -> Generator[Chunk, None, None]:
-        """The chunks of all files."""
-        chunks = (chunk for path in self.files for chunk in read_chunks(path, on_read=self._bar.update))
-        for _ in itertools.islice(chunks, self._before.chunks):
-            pass
-        self._bar.initial, self._bar.start_t, self._start_s = self._bar.n, time.time(), time.perf_counter()
-        try:
-            yield from chunks
-        finally:
-            self._bar.close()
-
-    def speed(self, totals: Totals) -> str:
-        took_s = max(time.perf_counter() - self._start_s, 1e-9)
-        megabytes = (totals.text_bytes - self._before.text_bytes) / 1e6
-        return f"{megabytes:.1f} MB of text in {took_s:.1f} s, {megabytes / took_s:.2f} MB/s"
-
-    def show(self, totals: Totals) -> None:
-        counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
-        self._bar.set_postfix_str(f"{self.speed(totals)}, {counts}", refresh=False)
-
-
 def write_documents(
-    reader: Reader,
+    files: Sequence[str],
     *,
     writers: dict[str, IndexedWriter],
     tokenizer: Tokenizer,
@@ -96,37 +62,54 @@ def write_documents(
     max_bad_lines: int = 0,
     workers: int = 1,
     on_shard: Callable[[], object] = lambda: None,
-) -> None:
-    """Encode what is read, append each document to the writer of its key, and count in `totals`; the result does not depend
-    on `workers`. `on_shard` is called where a killed command may go on, the end included.
+) -> str:
+    """Encode the documents of files, append each to the writer of its key, and count in `totals`, whose chunks, read by a
+    run that ended, are passed over; the result does not depend on `workers`. `on_shard` is called where a killed command
+    may go on, the end included. Stderr shows how far it is.
 
+    Returns: how much text it was, in what time.
     Raises: UserError past `max_bad_lines` lines without text, or if there is no text.
     """
-    options: Any = dict(tokenizer=tokenizer, keys=tuple(writers), append_eod=append_eod, workers=workers)
-    with closing(reader.chunks()) as chunks:
-        for encoded in _encode_all(chunks, **options):
-            for number, reason in encoded.bad_lines:
-                totals.bad += 1
-                where = f"{encoded.path}, line {number}"
-                if totals.bad > max_bad_lines:
-                    rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
-                    remedy = "mend the line, or skip such lines: python -m jaxlm.data.preprocess --max-bad-lines N"
-                    raise UserError(Problem(where, rule, remedy))
-                if totals.bad <= BAD_LINES_KEPT:
-                    totals.bad_lines.append(f"{where}: {reason}")
-            for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
-                writer.add_documents(tokens, lengths=lengths)
-                totals.documents += len(lengths)
-                totals.tokens += len(tokens)
-            totals.empty += encoded.num_empty
-            totals.text_bytes += encoded.text_bytes
-            totals.chunks += 1
-            reader.show(totals)
+    bytes_before = totals.text_bytes
+    encode = functools.partial(encode_chunk, keys=tuple(writers), append_eod=append_eod)
+
+    def speed() -> str:
+        took_s = max(time.perf_counter() - start_s, 1e-9)
+        megabytes = (totals.text_bytes - bytes_before) / 1e6
+        return f"{megabytes:.1f} MB of text in {took_s:.1f} s, {megabytes / took_s:.2f} MB/s"
+
+    with progress_bar(sum(map(os.path.getsize, files)), "read", "B", unit_scale=True) as bar:
+        chunks = (chunk for path in files for chunk in read_chunks(path, on_read=bar.update))
+        for _ in itertools.islice(chunks, totals.chunks):
+            pass
+        bar.initial, bar.start_t, start_s = bar.n, time.time(), time.perf_counter()
+        for encoded in _encode_all(chunks, encode, tokenizer, workers):
+            _append(encoded, writers, totals, max_bad_lines)
+            bar.set_postfix_str(f"{speed()}, {totals.documents:,} documents, {totals.tokens:,} tokens", refresh=False)
             if totals.chunks % SHARD_CHUNKS == 0:
                 on_shard()
     if not totals.tokens:
-        raise UserError(Problem(" ".join(reader.files[:3]), "holds no text", "name files with text in them"))
+        raise UserError(Problem(" ".join(files[:3]), "holds no text", "name files with text in them"))
     on_shard()
+    return speed()
+
+
+def _append(encoded: Encoded, writers: dict[str, IndexedWriter], totals: Totals, max_bad_lines: int) -> None:
+    for where, reason in encoded.bad_lines:
+        totals.bad += 1
+        if totals.bad > max_bad_lines:
+            rule = f"{reason} (bad line {totals.bad}, {max_bad_lines} allowed)"
+            remedy = "mend the line, or skip such lines: python -m jaxlm.data.preprocess --max-bad-lines N"
+            raise UserError(Problem(where, rule, remedy))
+        if totals.bad <= BAD_LINES_KEPT:
+            totals.bad_lines.append(f"{where}: {reason}")
+    for writer, tokens, lengths in zip(writers.values(), encoded.tokens, encoded.lengths, strict=True):
+        writer.add_documents(tokens, lengths=lengths)
+        totals.documents += len(lengths)
+        totals.tokens += len(tokens)
+    totals.empty += encoded.num_empty
+    totals.text_bytes += encoded.text_bytes
+    totals.chunks += 1
 
 
 def encode_chunk(chunk: Chunk, *, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> Encoded:
@@ -140,14 +123,13 @@ def encode_chunk(chunk: Chunk, *, tokenizer: Tokenizer, keys: tuple[str, ...], a
         parts = [part for ids in documents for part in (ids, *end)]
         tokens.append(np.concatenate([np.zeros(0, np.int32), *parts]))
         lengths.append(np.array([len(ids) + len(end) for ids in documents], np.int64))
-    return Encoded(chunk.path, len(chunk.data), tokens, lengths, num_empty, parsed.bad_lines)
+    return Encoded(len(chunk.data), tokens, lengths, num_empty, parsed.bad_lines)
 
 
 def _encode_all(
-    chunks: Iterable[Chunk], *, tokenizer: Tokenizer, workers: int, keys: tuple[str, ...], append_eod: bool
+    chunks: Iterable[Chunk], encode: Callable[..., Encoded], tokenizer: Tokenizer, workers: int
 ) -> Iterator[Encoded]:
     """Encoded chunks in the order of the chunks. One worker is this process."""
-    encode = functools.partial(encode_chunk, keys=keys, append_eod=append_eod)
     if workers == 1:
         yield from (encode(chunk, tokenizer=tokenizer) for chunk in chunks)
         return

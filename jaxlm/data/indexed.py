@@ -22,7 +22,7 @@ import glob
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -55,11 +55,11 @@ def set_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     return (new_tokens if new_tokens.exists() else tokens, new_index) if new_index.exists() else (tokens, index)
 
 
-def existing(output_prefix: str, prefixes: Sequence[str]) -> list[Problem]:
-    """What is wrong with writing the sets `prefixes` for --output-prefix: the first file that is there, if any."""
-    files = [path for prefix in prefixes for path in set_paths(prefix) if path.exists()]
-    remedy = "choose another --output-prefix, or pass --overwrite to replace it"
-    return [Problem(f"--output-prefix {output_prefix}", f"{path} exists", remedy) for path in files[:1]]
+def refuse_existing(output_prefix: str, prefixes: Iterable[str]) -> None:
+    """Raises UserError, of --output-prefix, for the first file of the sets `prefixes` that is there."""
+    for path in (path for prefix in prefixes for path in set_paths(prefix) if path.exists()):
+        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
+        raise UserError(Problem(f"--output-prefix {output_prefix}", f"{path} exists", remedy))
 
 
 class IndexedDataset:

@@ -29,15 +29,13 @@ EOD_NAMES = (EOD_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "
 
 
 class Tokenizer(abc.ABC):
-    """Ids are int32 in [0, vocab_size)."""
+    """Ids are int32 in [0, vocab_size); `eod` marks the end of a document; `files` are what it was read from.
+
+    `load_tokenizer(spec)` gives an equal tokenizer, in any process with the same working directory.
+    """
 
     def __init__(self, spec: str, vocab_size: int, eod: int | None, files: tuple[str, ...] = ()):
-        self.spec = (
-            spec  # load_tokenizer(spec) gives an equal tokenizer, in any process with the same working directory
-        )
-        self.vocab_size = vocab_size
-        self.eod = eod  # marks the end of a document
-        self.files = files  # what it was read from
+        self.spec, self.vocab_size, self.eod, self.files = spec, vocab_size, eod, files
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int32[n]. Raises: UserError if the text has an unpaired surrogate."""
