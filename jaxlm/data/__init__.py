@@ -9,8 +9,7 @@
     prepare.py     text named in a config to a token set in the workdir, once
     samples.py     sample number -> stretches of tokens, without state;  megatron.py the same as Megatron draws them
     packing.py     rows of whole documents;  blend.py mixtures of any samples;  infill.py rows with their middles moved
-    ramp.py        step number -> how many samples
-    loader.py      step number -> batch, and the thread that works ahead
+    loader.py      step number -> how many samples, and their batch; the thread that works ahead
     corpus.py      a config's data section, opened
 
 May import `jaxlm.config` and `jaxlm.settings`, numpy, tokenizers, tiktoken, zstandard and tqdm (sentencepiece where a
