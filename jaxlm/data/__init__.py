@@ -3,8 +3,7 @@
     atomic.py      files that appear whole or not at all, and locks that die with their holder
     indexed.py     Megatron's .bin/.idx token sets: mapped reader, streaming writer;  stored.py the reader's files in a bucket
     tokenizer.py   bytes, chars, gpt2, hf, tiktoken, sentencepiece behind one protocol
-    documents.py   source files (.jsonl, plain text, .gz, .zst) to documents, in constant memory
-    encode.py      documents to token sets, in this process or several, telling how far it is
+    documents.py   source files (.jsonl, plain text, .gz, .zst) to documents to token sets, in constant memory
     preprocess.py, merge.py, verify.py, inspect.py   the commands that write, join, check and show token sets
     prepare.py     text named in a config to a token set in the workdir, once
     samples.py     sample number -> stretches of tokens, without state;  megatron.py the same as Megatron draws them

@@ -78,13 +78,14 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
         tokenizer, entries = load_tokenizer(data.tokenizer), [parse_train(entry) for entry in data.train]
     sets = [IndexedDataset(prefix) for prefix, _ in entries]
     documents = data.order == "megatron" or data.packing == "best_fit"
-    cuts = [(whole(s), None) if data.eval else _cut(s, data.split, documents=documents) for s in sets]
+    shares = (1.0, 0.0) if data.eval else data.split
+    cuts = [_cut(dataset, shares, documents=documents) for dataset in sets]
     training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
     evaluation: dict[str, tuple[TokenRange, ...]] = {}
     for entry in data.eval:
         name, prefix = found.groups() if (found := _NAMED.fullmatch(entry)) else ("", entry)
         evaluation[name] = (*evaluation.get(name, ()), whole(IndexedDataset(prefix)))
-    if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > 1)):
+    if held_out := tuple(rest for _, rest in cuts if rest.num_tokens > 1):
         evaluation[""] = held_out
     return Corpus(tokenizer, training, evaluation)
 

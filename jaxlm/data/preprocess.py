@@ -19,8 +19,7 @@ from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import write_whole
-from jaxlm.data.documents import CHUNK_BYTES, expand
-from jaxlm.data.encode import Totals, write_documents
+from jaxlm.data.documents import CHUNK_BYTES, Totals, expand, write_documents
 from jaxlm.data.indexed import IndexedWriter, Mark, optimal_dtype, refuse_existing
 from jaxlm.data.tokenizer import KINDS, load_tokenizer
 from jaxlm.settings import Parser, run_main

@@ -1,7 +1,6 @@
 """Sample number to stretches of tokens, as a pure function of the seed: nothing to save, nothing to build.
 
-A sample is a list of `Span`s, tokens to read one after the other. `Windows` here is the order of new runs; `megatron.py`
-has Megatron's, `packing.py` rows of whole documents, `blend.py` mixtures of any of them.
+A sample is a list of `Span`s, tokens to read one after the other. `Windows` is the order of new runs.
 """
 
 from __future__ import annotations
