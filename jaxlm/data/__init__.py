@@ -6,7 +6,7 @@
     documents.py   source files (.jsonl, plain text, .gz, .zst) to documents to token sets, in constant memory
     preprocess.py, merge.py, verify.py, inspect.py   the commands that write, join, check and show token sets
     prepare.py     text named in a config to a token set in the workdir, once
-    samples.py     sample number -> stretches of tokens, without state;  megatron.py the same as Megatron draws them
+    samples.py     sample number -> stretches of tokens, in the order of new runs or as Megatron draws them
     packing.py     rows of whole documents;  blend.py mixtures of any samples;  infill.py rows with their middles moved
     loader.py      step number -> how many samples, and their batch; the thread that works ahead
     corpus.py      a config's data section, opened

@@ -16,10 +16,9 @@ from jaxlm.data.blend import Blend
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.infill import Infill
 from jaxlm.data.loader import Loader, Ramp, in_force
-from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
 from jaxlm.data.prepare import prepare
-from jaxlm.data.samples import Samples, TokenRange, Windows, normalised, split, whole
+from jaxlm.data.samples import MegatronSamples, Samples, TokenRange, Windows, normalised, split, whole
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _NUMBER = r"\d+\.?\d*(?:[eE]-?\d+)?"

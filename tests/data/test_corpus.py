@@ -15,9 +15,8 @@ from jaxlm.checks import check, ignored
 from jaxlm.config import Config, DataConfig, ModelConfig, Problem, TrainConfig, UserError, derived
 from jaxlm.data.blend import Blend
 from jaxlm.data.corpus import evaluation_loader, open_corpus, parse_train, sets_read, training_loader
-from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
-from jaxlm.data.samples import Windows
+from jaxlm.data.samples import MegatronSamples, Windows
 
 EOD = 256
 

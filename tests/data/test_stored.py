@@ -12,9 +12,8 @@ from jaxlm.config import UserError
 from jaxlm.data import merge, verify
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
 from jaxlm.data.loader import Loader, Ramp
-from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
-from jaxlm.data.samples import Windows, whole
+from jaxlm.data.samples import MegatronSamples, Windows, whole
 
 
 @pytest.fixture
