@@ -182,14 +182,13 @@ def _read_header(path: str, raw: np.ndarray) -> tuple[np.dtype, int, int]:
 def _read_blocks(source: str | np.ndarray, offset: int, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first, entries) of `count` entries from `offset` on, a block at a time. A file is read rather than
     mapped: an .idx may be as large as memory, and pages of a map that were touched count as this process's own."""
-    if isinstance(source, np.ndarray):
-        values = source[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
-        yield from ((start, values[start : start + _BLOCK]) for start in range(0, count, _BLOCK))
-        return
-    with open(source, "rb") as file:
-        file.seek(offset)
-        for start in range(0, count, _BLOCK):
-            yield start, np.fromfile(file, dtype, min(_BLOCK, count - start))
+    size = np.dtype(dtype).itemsize
+    for start in range(0, count, _BLOCK):
+        at, num = offset + start * size, min(_BLOCK, count - start)
+        if isinstance(source, np.ndarray):
+            yield start, source[at : at + num * size].view(dtype)
+        else:
+            yield start, np.fromfile(source, dtype, num, offset=at)
 
 
 def _check_sequences(path: str, source: str | np.ndarray, num_sequences: int, itemsize: int) -> int:
@@ -246,7 +245,8 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark | None = None):
-        self.prefix, where = os.fspath(prefix), f"token set {os.fspath(prefix)}"
+        self.prefix = os.fspath(prefix)
+        where = f"token set {self.prefix}"
         if "://" in self.prefix:
             raise UserError(Problem(where, "is in a bucket", "write it to a disk, then copy it there"))
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")

@@ -131,12 +131,12 @@ class Loader:
         """Tokens in all steps before it."""
         return self.ramp.read_before(step) * self.samples.seq_len
 
-    def places(self, step: int, *, most: int = 4) -> str:
-        """Where the rows of a step come from, as people look it up: its samples, and set and first token of some."""
+    def places(self, step: int) -> str:
+        """Where the rows of a step come from, as people look it up: its samples, and set and first token of four."""
         first, size = self.ramp.before(step), self.ramp.size(step)
-        spans = self.samples.spans(range(first, first + min(most, size)))
+        spans = self.samples.spans(range(first, first + min(size, 4)))
         named = ", ".join(f"{Path(row[0].dataset.prefix).name} token {row[0].start}" for row in spans)
-        return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > most else "")
+        return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > 4 else "")
 
     def shape(self, step: int) -> tuple[int, int]:
         """(rows, tokens of a row) of a step's batch."""
