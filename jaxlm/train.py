@@ -314,7 +314,7 @@ class Loop:
             record |= slowest
             if text:
                 self.progress.note(text)
-            record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
+            record |= {"first_sample": self.loader.ramp.before(step - 1)} if streak else {}
             self._write(record)
             self.progress.update(record)
         if streak:
