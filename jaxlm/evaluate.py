@@ -17,7 +17,7 @@ from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import TokenRange, whole
 from jaxlm.feed import feed
-from jaxlm.metrics.numbers import loss_text
+from jaxlm.metrics.text import loss_text
 from jaxlm.session import (
     evaluate_batches,
     load_config,
