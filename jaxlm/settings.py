@@ -15,6 +15,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -69,7 +70,7 @@ def resolve(
     if preset in presets:
         layers = {f"model.{key}": (value, f"preset {preset}") for key, value in presets[preset].items()}
     elif preset is not None:
-        problems.append(Problem(f"model.preset={preset}", "no such preset", nearest(str(preset), presets)))
+        problems.append(Problem(f"model.preset={preset}", "no such preset", nearest(str(preset), presets, after="/")))
     filled = {path: (field.default, "default") for path, (_, field) in SCHEMA.items()} | layers | given
     config = derived(_build(filled))
     origin = {path: source if get(config, path) == value else "derived" for path, (value, source) in filled.items()}
@@ -92,7 +93,7 @@ def _accepted(rows: Iterable, source: str, convert: Callable, problems: list[Pro
     given = {}
     for path, value in rows:
         if path not in SCHEMA:
-            problems.append(Problem(f"{path}={value}", f"no such setting ({source})", nearest(path, SCHEMA)))
+            problems.append(Problem(f"{path}={value}", f"no such setting ({source})", nearest(path, SCHEMA, after=".")))
             continue
         kind, key = SCHEMA[path]
         try:
@@ -122,11 +123,20 @@ def flatten(tree: Mapping) -> list[tuple[str, Any]]:
     return rows
 
 
-def nearest(name: str, known: Any) -> str:
-    tail = name.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(name, list(known), 3, 0.6)
-    close += [k for k in known if k.rsplit(".", 1)[-1] == tail and k not in close][:3]
-    return f"did you mean {', '.join(close)}?" if close else "see --help for every name"
+def nearest(name: str, known: Iterable[str], *, after: str) -> str:
+    """A remedy for a `name` that is not `known`: those near it in what comes `after` the part that many names share.
+
+    Near are names that differ by a letter or two, or of which one has all the words of the other.
+    """
+    shared, _, own = name.rpartition(after)
+    nearness = {}
+    for other in known:
+        part = other.rpartition(after)[2]
+        words, others = (set(re.split("[_-]", text)) for text in (own, part))
+        alike = difflib.SequenceMatcher(None, own, part).ratio()
+        nearness[other] = (max(alike, 0.75 * (words <= others or others <= words)), other.startswith(shared + after))
+    near = sorted((other for other in nearness if nearness[other][0] >= 0.75), key=nearness.__getitem__, reverse=True)
+    return f"did you mean {', '.join(near[:3])}?" if near else "see --help for every name"
 
 
 def typed(value: Any, kind: Any) -> Any:
@@ -207,7 +217,9 @@ def load_file(spec: str) -> Mapping:
     path = Path(name)
     if not path.is_file():
         here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here)))
+        raise UserError(
+            Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here, after="/"))
+        )
     try:
         get_config = runpy.run_path(name)["get_config"]
         tree = get_config(arg) if arg else get_config()
@@ -244,7 +256,7 @@ class Parser(argparse.ArgumentParser):
         flags = [s for action in self._actions for s in action.option_strings]
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
         as_setting = unknown.removeprefix("--")
-        remedy = nearest(unknown, flags) if unknown else f"see {self.prog} --help"
+        remedy = nearest(unknown, flags, after="--") if unknown else f"see {self.prog} --help"
         if as_setting in SCHEMA:
             remedy = f"did you mean {PREFIX}{as_setting}?"
         raise UserError(Problem(f"{self.prog}", message, remedy))

@@ -67,6 +67,20 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
 
 
 @pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("train.sed", "did you mean train.seed?"),
+        ("optim.seed", "did you mean train.seed?"),
+        ("optim.lr", "did you mean optim.peak_lr, optim.final_lr_frac?"),
+        ("optim.flux", "see --help for every name"),
+        ("model.x", "see --help for every name"),
+    ],
+)
+def test_an_unknown_setting_is_told_of_those_that_are_near_and_of_no_other(key, remedy):
+    assert problems(**{key.replace(".", "__"): "1"})[f"{key}=1"].remedy == remedy
+
+
+@pytest.mark.parametrize(
     ("overrides", "where"),
     [
         ({"model.rope_theta": "500"}, "model.rope_theta=500.0"),
