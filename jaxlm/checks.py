@@ -154,6 +154,8 @@ def _check_data(config: Config, rule: Any) -> None:
     rule(2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0, "data.split",
          "must be two or three shares, the first above 0: training, evaluation, kept apart",
          "use for example 0.95,0.05")  # fmt: skip
+    rule(t.eval_every == 0 or bool(d.eval) or d.split[1:2] != (0,), "train.eval_every", "no text is held out",
+         "raise data.split's second share, name data.eval, or set it to 0")  # fmt: skip
     grows = len(ramp) == 3 and 0 < ramp[0] <= t.batch_size and ramp[1] > 0 <= ramp[2]
     rule(not ramp or (grows and (t.batch_size - ramp[0]) % ramp[1] == 0 == t.batch_unit % t.accumulate), "train.batch_ramp",
          f"is not START,INCREMENT,SAMPLES that reaches train.batch_size={t.batch_size} in whole increments, of rows that "

@@ -114,6 +114,7 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
         ({"optim.schedule": "inverse_sqrt"}, "optim.warmup_steps=0"),
         ({"optim.decay_roles": "kernels"}, "optim.decay_roles=('kernels',)"),
         ({"data.split": "1"}, "data.split=(1.0,)"),
+        ({"data.split": "1,0", "train.eval_every": "5"}, "train.eval_every=5"),
         ({"train.num_steps": "0"}, "train.num_steps=0"),
         ({"data.skip_steps": "7:3"}, "data.skip_steps=('7:3',)"),
         ({"data.skip_steps": "12"}, "data.skip_steps=('12',)"),
