@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm import generate
 from jaxlm.checkpoint.manifest import Manifest
 from jaxlm.config import UserError
 from jaxlm.models.presets import PRESETS
@@ -141,6 +143,14 @@ def test_help_has_every_key_with_type_default_and_a_line():
     for key, (_, field) in SCHEMA.items():
         assert f"--config.{key}=" in text and field.metadata["doc"] in text
     assert len(SCHEMA) < 120
+
+
+def test_help_of_a_tool_has_every_default(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("--max-new-tokens", "200"), ("--temperature", "0.8"), ("--top-k", "50"), ("--seed", "0")):
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*default: {default}\)", said.partition("options:")[2]), flag
 
 
 def test_broken_config_files_are_explained(tmp_path):
