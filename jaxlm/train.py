@@ -345,7 +345,7 @@ class Loop:
             if self.asked() is not None:
                 return
             of = f" of {name}" if name else ""
-            self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
+            self.progress.note(f"step {step}: {found[name]}{of}")
         if found:
             tokens = max(sum(result.tokens for result in found.values()), 1)
             mean = sum(result.loss * (result.tokens / tokens) for result in found.values())
