@@ -392,3 +392,6 @@ class Gang:
             sys.stdout.flush()
         self._leave_last()
         os._exit(code)
+
+
+SOLO = Gang(0, 1, "", name="", limits=Limits())  # of a run of one process
