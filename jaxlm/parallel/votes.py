@@ -24,8 +24,8 @@ class Votes:
         self._num_values, self._last = num_values, None
         mesh = Mesh(np.asarray(jax.devices()), ("device",))
         self._spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("device",), ()))
-        self._first = [min(d.id for d in jax.devices() if d.process_index == i) for i in range(jax.process_count())]
-        self._rows = [[d.id for d in jax.devices()].index(i) for i in self._first]
+        owners = [device.process_index for device in jax.devices()]
+        self._rows = [owners.index(process) for process in range(jax.process_count())]
         self._gather = jax.jit(lambda table: table, out_shardings=whole)
 
     def cast(self, values: Sequence[float]) -> np.ndarray | None:
