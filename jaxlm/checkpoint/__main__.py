@@ -26,7 +26,7 @@ from tqdm import tqdm
 from jaxlm.checkpoint import layout, manifest
 from jaxlm.checkpoint.layout import METRIC, Retention, committed_steps, superseded
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
+from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest, described
 from jaxlm.checkpoint.restore import TABLE_ROWS, changed, check_sums, newest_manifest, read_leaves
 from jaxlm.checkpoint.space import bytes_text
 from jaxlm.checkpoint.store import CheckpointStore
@@ -39,9 +39,8 @@ PARAMS = "params."
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m jaxlm.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m jaxlm.checkpoint", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in COMMANDS.items():
         command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0], description=run.__doc__)
@@ -60,9 +59,8 @@ def main(argv: Sequence[str]) -> int:
         remedy = "choose another step; a run that trains deletes old ones"
         raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
     except OSError as error:
-        raise UserError(
-            Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
-        ) from error
+        problem = Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
+        raise UserError(problem) from error
 
 
 def list_steps(args: argparse.Namespace) -> int:
@@ -257,7 +255,7 @@ def _differences(one: Path, other: Path, advance: Callable[[int], Any]) -> list[
     found = []
     for name in a | b:
         x, y = a.get(name), b.get(name)
-        row = {"name": name, "one": str(x or "-"), "other": str(y or "-"), "largest": None, "relative": None}
+        row = {"name": name, "one": described(x), "other": described(y), "largest": None, "relative": None}
         if row["one"] != row["other"]:
             found.append(row)
         elif x is not None and x != y:
@@ -304,11 +302,9 @@ def _retention(directory: Path, args: argparse.Namespace) -> Retention:
 
 
 def _facts(found: Manifest) -> dict[str, Any]:
-    kept = {
-        key: found.metadata[key] for key in ("mesh", "devices", "versions", "data", "export") if key in found.metadata
-    }
     own = dict(step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics)
-    return own | kept
+    kept = ("mesh", "devices", "versions", "data", "export")
+    return own | {key: found.metadata[key] for key in kept if key in found.metadata}
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:

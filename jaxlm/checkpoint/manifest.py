@@ -33,9 +33,6 @@ class Leaf:
     shape: tuple[int, ...]
     checksum: int
 
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
 
 @dataclass(frozen=True)
 class File:
@@ -108,6 +105,11 @@ def _check_files(path: Path, files: Mapping[str, File]) -> None:
             raise Damage(path / name, f"has {found.size_bytes:,} bytes of {expected.size_bytes:,}")
         if found != expected:
             raise Damage(path / name, "is not what was written")
+
+
+def described(array: Any) -> str:
+    """float32[2,8] of anything with dtype and shape; - of None."""
+    return "-" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def flush(path: Path) -> None:

@@ -182,20 +182,15 @@ def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any
     for name, leaf in wanted.items():
         assert leaf.sharding is not None, f"{name} has no sharding: say where it shall lie"
     names = list(wanted) + ([] if part else [name for name in saved if name not in wanted])
-    rows = [(name, _describe(saved.get(name)), _describe(wanted.get(name))) for name in names]
+    rows = [(name, manifest.described(saved.get(name)), manifest.described(wanted.get(name))) for name in names]
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
         return
     table = columns([("path", "saved", "now"), *rows[:TABLE_ROWS]])
-    if len(rows) > TABLE_ROWS:
-        table.append(f"... and {len(rows) - TABLE_ROWS} more")
+    more = [f"... and {len(rows) - TABLE_ROWS} more"] if len(rows) > TABLE_ROWS else []
     head = f"does not fit the model and optimizer of this run: {len(rows)} arrays differ"
     remedy = "restore with the settings it was saved with, or use a new --workdir"
-    raise UserError(Problem(str(path), "\n    ".join([head, *table]), remedy))
-
-
-def _describe(leaf: Any) -> str:
-    return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    raise UserError(Problem(str(path), "\n    ".join([head, *table, *more]), remedy))
 
 
 def first_line(error: BaseException) -> str:
