@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 
+from jaxlm.checkpoint.layout import Retention
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
