@@ -70,7 +70,10 @@ class MeshConfig:
     fsdp: int = setting(1, "parameters and optimizer state split this way; rows too")
     context: int = setting(1, "positions of one sequence")
     model: int = setting(1, "heads, MLP width and vocabulary")
-    zero: int = setting(3, "what fsdp splits at rest: 1 the optimizer's state, 2 gradients too, 3 parameters too")
+    zero: int = setting(
+        3,
+        "what fsdp splits: 1 parameters and optimizer's state between steps, 2 gradients too, 3 weights in a step too",
+    )
     rules: tuple[str, ...] = setting(
         (), "rows of the sharding table to replace: dim=axes/axes, computing and at rest, as in embed=/data+fsdp"
     )

@@ -179,7 +179,7 @@ def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Calla
         micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
         rows = jax.P(None, *layout.spec(("batch", "seq")))
         keys = None if keys_M is None else jax.random.key_data(keys_M)
-        ins = (specs("params"), jax.tree.map(lambda _: rows, micro), None if keys is None else jax.P())
+        ins = (specs("step"), jax.tree.map(lambda _: rows, micro), None if keys is None else jax.P())
         return jax.shard_map(local, mesh=layout.mesh, in_specs=ins, out_specs=outs(specs), check_vma=False)(
             params, micro, keys
         )

@@ -212,14 +212,14 @@ def abstract_state(program: Program) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated. Parameters and the optimizer's copies of their shape
     rest by the storage column."""
     shapes, layout = jax.eval_shape(partial(_init, program)), program.layout
-    params, stored = (by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
+    params = by_dims(partial(layout.sharding, at="rest"), program.dims)
     whole, memory = layout.replicated, "pinned_host" if program.config.optim.offload else None
 
     def like_param(moment: Any, param: Any, sharding: Any) -> Any:
         return sharding.with_memory_kind(memory) if moment.shape == param.shape else whole
 
     moments = optax.tree_map_params(
-        program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
+        program.optimizer, like_param, shapes.opt_state, shapes.params, params, transform_non_params=lambda _: whole
     )
     at = TrainState(whole, params, moments, whole, whole, jax.tree.map(lambda _: whole, shapes.recent))
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, at)
@@ -248,11 +248,10 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     if optim.clip_norm:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
-    split = partial(by_dims, lambda dims, leaf: program.layout.constrain(leaf, dims, at="optimizer"), program.dims)
-    grads, params = split(grads), split(state.params)
+    grads = by_dims(lambda dims, g: program.layout.constrain(g, dims, at="rest"), program.dims, grads)
     before = jax.device_put(state.opt_state, jax.memory.Space.Device) if optim.offload else state.opt_state
-    updates, opt_state = program.optimizer.update(grads, before, params)
-    params = optax.apply_updates(params, updates)
+    updates, opt_state = program.optimizer.update(grads, before, state.params)
+    params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, before))
     streak = jnp.where(good, 0, state.streak + 1)
     skipped = state.skipped + jnp.where(good, 0, 1)
@@ -280,7 +279,7 @@ def mean_loss_and_grads(
     that ragged masks and accumulation are exact.
     """
     key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
-    params = working_copies(params, program.dims, program.config.model.dtype)
+    params = working_copies(params, program.dims, program.config.model.dtype, program.layout)
 
     def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
         return _loss_and_grads(program, params, rows, key, m)
@@ -339,7 +338,7 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, counted tokens) of one batch, a microbatch at a time, without dropout or z-loss."""
-    params = working_copies(params, program.dims, program.config.model.dtype)
+    params = working_copies(params, program.dims, program.config.model.dtype, program.layout)
 
     def nats_of(rows: Batch, m: Any) -> jax.Array:
         if program.pipe is not None:

@@ -30,12 +30,10 @@ def argument_bytes(devices: int, *, optim: dict | None = None, **mesh) -> int:
     return compiled.memory_analysis().argument_size_in_bytes
 
 
-def test_state_bytes_fall_as_one_over_fsdp_and_zero_1_splits_the_optimizer_alone():
+def test_state_bytes_fall_as_one_over_fsdp_whatever_a_step_makes_of_them():
     whole = argument_bytes(1)
-    params = whole / 3  # AdamW: two moments beside each parameter, all float32
-    for fsdp in (2, 8):
-        assert argument_bytes(fsdp, data=1, fsdp=fsdp) == pytest.approx(whole / fsdp, rel=0.05)
-    assert argument_bytes(8, data=1, fsdp=8, zero=1) == pytest.approx(params + 2 * params / 8, rel=0.05)
+    for fsdp, zero in ((2, 3), (8, 3), (8, 1)):
+        assert argument_bytes(fsdp, data=1, fsdp=fsdp, zero=zero) == pytest.approx(whole / fsdp, rel=0.05)
     # hybrid shard: what a group of 4 holds is repeated in the other group
     assert argument_bytes(8, data=2, fsdp=4) == pytest.approx(whole / 4, rel=0.05)
 

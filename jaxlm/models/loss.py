@@ -104,7 +104,7 @@ def _on_mesh(local, settings: Settings):
     """`local` on every device's share: rows and positions of x, labels and weights, vocabulary rows of the head."""
     layout = settings.layout
     x, tokens = layout.spec(RESIDUAL), layout.spec(("batch", "seq"))
-    head, dhead = (layout.spec(HEAD, at=at) for at in ("params", "grads"))
+    head, dhead = (layout.spec(HEAD, at=at) for at in ("step", "grads"))
     return layout.on_mesh(local, (x, head, tokens, tokens), (jax.P(), jax.P(), x, dhead))
 
 

@@ -42,7 +42,7 @@ def use(param: Parameter, dtype: str, layout: Layout) -> jax.Array:
     """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
     if layout.inside:
         return gather_weight(layout, param[...], param.dims, dtype)
-    at_rest = layout.constrain(param[...].astype(dtype), param.dims, at="params")  # or the gather moves above the cast
+    at_rest = layout.constrain(param[...].astype(dtype), param.dims, at="step")  # or the gather moves above the cast
     return layout.constrain(at_rest, param.dims)
 
 

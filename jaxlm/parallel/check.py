@@ -110,7 +110,7 @@ def _twice(layout: Layout, params: Mapping[str, Declared]) -> list[Problem]:
     problems = []
     for name, param in params.items():
         try:
-            layout.axes(param.dims, at="optimizer")
+            layout.axes(param.dims, at="rest")
         except ValueError:
             rows = ", ".join(str(rule) for rule in layout.rules if rule.dim in param.dims and rule.storage)
             text = f"use a mesh axis twice in {name}"
@@ -122,7 +122,7 @@ def _replicated(layout: Layout, params: Mapping[str, Declared], most: float) -> 
     """A problem for each of fsdp and model above 1 that leaves too many bytes whole on all its devices."""
     problems, total = [], sum(param.num_bytes for param in params.values())
     for axis in ("fsdp", "model"):
-        split = {name for name, p in params.items() if axis in sum(layout.axes(p.dims, at="optimizer"), ())}
+        split = {name for name, p in params.items() if axis in sum(layout.axes(p.dims, at="rest"), ())}
         whole = {name: param.num_bytes for name, param in params.items() if name not in split}
         frac = sum(whole.values()) / total
         if layout.mesh.shape[axis] > 1 and frac > most and sum(whole.values()) > SMALL_BYTES:

@@ -6,7 +6,7 @@ Each function is the plain product of whole arrays; forward and backward are wri
   columns   x [B, T, D] times weights [D, F]: positions gathered over the axes that split F, each device its share of F
   rows      y [B, T, F] times a weight [F, D]: partial sums added over the axes that split F and split over positions again;
             of y = f(sums), entry by entry, the backward goes on to d sums, which a kernel may form together with dy
-  lookup    rows of a table [V, D] by token: no device ever holds more of the table than it does at rest
+  lookup    rows of a table [V, D] by token: no device ever holds more of the table than a step does
 
 A weight rests split further than it computes (the table's two columns): it is cast, gathered for the product, dropped, and
 gathered again for the backward. Its gradient is formed and summed in float32, scattered over the axes that split the weight
@@ -287,4 +287,4 @@ def _run(p: Products, local: Any, in_dims: Any, out_dims: Any, *, grads: bool = 
             return p.layout.spec(tree) if tree[0] == "batch" else p.layout.spec(tree, at=at)
         return tuple(specs(branch, at) for branch in tree)
 
-    return p.layout.on_mesh(local, specs(in_dims, "params"), specs(out_dims, "grads" if grads else "params"))
+    return p.layout.on_mesh(local, specs(in_dims, "step"), specs(out_dims, "grads" if grads else "step"))

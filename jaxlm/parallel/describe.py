@@ -77,7 +77,7 @@ def parameter_table(parameters: Sequence[Parameter], layout: Layout, *, optimize
         same = len({(p.shape, p.dims, p.dtype) for p in members}) == 1 and len(members) > 1
         for p in members[:1] if same else members:
             name, count = (f"{fold} x{len(members)}", len(members)) if same else (p.name, 1)
-            compute, storage = _layout_text(p, layout, at="compute"), _layout_text(p, layout, at="params")
+            compute, storage = _layout_text(p, layout, at="compute"), _layout_text(p, layout, at="rest")
             rows.append((name, compute, storage, bytes_text(count * _bytes_at_rest(p, layout))))
     held = sum(_bytes_at_rest(p, layout) for p in parameters)
     total = sum(math.prod(p.shape) for p in parameters)
@@ -100,7 +100,7 @@ def _layout_text(p: Parameter, layout: Layout, *, at: At) -> str:
 
 
 def _bytes_at_rest(p: Parameter, layout: Layout) -> int:
-    axes = _split(p, layout, at="params")
+    axes = _split(p, layout, at="rest")
     sizes = (-(-size // math.prod(layout.mesh.shape[a] for a in names)) for size, names in zip(p.shape, axes))
     return math.prod(sizes) * np.dtype(p.dtype).itemsize
 

@@ -1,7 +1,7 @@
 """THE sharding table: each logical dim of an array, and the mesh axes that split it when computing and when at rest.
 
 Layers name logical dims and never mesh axes. A parallelism is a degree in the mesh plus its rows here; `mesh.rules`
-replaces rows, and `mesh.zero` says what of the state lies by the storage column.
+replaces rows, and `mesh.zero` says when a weight lies by the storage column.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import MESH_AXES, Problem, UserError
 
-At = Literal["compute", "params", "grads", "optimizer"]
-STORED: dict[At, int] = {
-    "compute": 4,
-    "params": 3,
-    "grads": 2,
-    "optimizer": 1,
-}  # least mesh.zero at which it lies by the storage column
+# Where a weight is: multiplied, in a step between products, as its gradient, between steps beside the optimizer's state
+At = Literal["compute", "step", "grads", "rest"]
+STORED: dict[At, int] = {"compute": 4, "step": 3, "grads": 2, "rest": 1}  # least mesh.zero to lie by the storage column
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,8 @@ def with_rows(rows: Iterable[str], rules: tuple[Rule, ...] = RULES) -> tuple[Rul
 class Layout:
     """A mesh with its rules: turns logical dims into shardings.
 
-    zero: what lies by the storage column: 1 the optimizer's state, 2 gradients too, 3 parameters too.
+    zero: what lies by the storage column: 1 parameters and optimizer's state between steps, 2 gradients too, 3 weights
+      during a step too; below, a step begins by gathering them all.
     inside: the code that holds this layout is one device's share already (inside a shard_map over the whole mesh):
       arrays are local, and sums of gradients over rows wait for `dense.finish_gradient`.
     """
@@ -172,8 +169,8 @@ class Layout:
         inside = self.split("seq")
         return tuple(axis for axis in self.split("residual") if axis not in inside)
 
-    def gathered(self, dims: Sequence[str], *, at: At = "params") -> tuple[tuple[str, ...], ...]:
-        """For each dim the mesh axes above 1 that split it at rest and not in compute."""
+    def gathered(self, dims: Sequence[str], *, at: At = "step") -> tuple[tuple[str, ...], ...]:
+        """For each dim the mesh axes above 1 that split it `at` and not in compute."""
         columns = zip(self.axes(dims, at=at), self.axes(dims))
         return tuple(tuple(a for a in rest if a not in use and self.mesh.shape[a] > 1) for rest, use in columns)
 
@@ -194,7 +191,7 @@ class Layout:
 
     def check_divides(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> None:
         """Raises UserError where a dim at rest does not split evenly over its mesh axes."""
-        for size, dim, axes in zip(shape, dims, self.axes(dims, at="optimizer"), strict=True):
+        for size, dim, axes in zip(shape, dims, self.axes(dims, at="rest"), strict=True):
             parts = self.num_parts(axes)
             if size % parts:
                 over = "*".join(f"mesh.{axis}" for axis in axes)

@@ -19,8 +19,9 @@ WEIGHTS = 4 * (4 * D * D + 2 * D * F)  # bytes of a layer's kernels, float32
 STREAM = 4 * ROWS * T * D  # bytes of the residual stream of all rows
 
 
-def sent(layers: int, mesh: dict) -> collections.Counter:
+def sent(layers: int, mesh: dict, *, accumulate: int = 1) -> collections.Counter:
     config = tiny.config(num_layers=layers, num_heads=8, embed_dim=D, num_kv_heads=8, mlp_dim=F)
+    config = tiny.replace(config, train=dict(accumulate=accumulate, batch_size=ROWS * accumulate))
     program = make_program(config, tiny.layout(8, **mesh))
     text = compile_step(program).lower(abstract_state(program), abstract_batch(program)).compile().as_text()
     found = collections.Counter()
@@ -49,12 +50,17 @@ def sent(layers: int, mesh: dict) -> collections.Counter:
         (dict(data=1, context=8), "8 all-to-all context",
          {"all-reduce context": WEIGHTS, "all-to-all context": 8 * STREAM / 8}),
         (dict(data=8), "", {"all-reduce data": WEIGHTS}),
+        # weights that a step holds are gathered once for its two microbatches
+        (dict(data=1, fsdp=8, zero=2, accumulate=2), "6 all-gather fsdp, 12 reduce-scatter fsdp",
+         {"all-gather fsdp": WEIGHTS, "reduce-scatter fsdp": 2 * WEIGHTS}),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_layer_sends_what_its_layout_needs_and_no_more(mesh, golden, want_bytes):
-    layer = sent(3, mesh)
-    layer.subtract(sent(2, mesh))
+    accumulate = mesh.get("accumulate", 1)
+    mesh = {axis: degree for axis, degree in mesh.items() if axis != "accumulate"}
+    layer = sent(3, mesh, accumulate=accumulate)
+    layer.subtract(sent(2, mesh, accumulate=accumulate))
     times = {f"{kind} {axes}": n for (kind, axes, what), n in sorted(layer.items()) if what == "times" and n}
     assert ", ".join(f"{n} {name}" for name, n in times.items()) == golden
     for (kind, axes, what), n in layer.items():
