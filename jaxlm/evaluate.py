@@ -10,6 +10,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,7 @@ from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import TokenRange, whole
 from jaxlm.feed import feed
-from jaxlm.session import (
-    evaluate_batches,
-    load_config,
-    open_tokenizer,
-    open_tool_program,
-    restore_params,
-    with_vocabulary,
-)
+from jaxlm.session import evaluate_batches, open_run, open_tool_program, restore_params
 from jaxlm.settings import Parser, progress_bar, run_main
 from jaxlm.step import compile_eval
 
@@ -42,17 +36,13 @@ def evaluate(
     Returns: step, eval_loss in nats a token, perplexity, tokens counted.
     Raises: UserError if the workdir, the checkpoint or the text is not there.
     """
-    config = load_config(workdir)
-    tokenizer = open_tokenizer(config, workdir)
-    config = with_vocabulary(config, tokenizer)
+    (config, tokenizer), say = open_run(workdir), partial(print, file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         if inputs:
-            made = prepare(
-                tuple(inputs), tokenizer_spec=tokenizer.spec, text_key=config.data.text_key, folder=scratch, log=_say
-            )  # fmt: skip
-            prefixes = (made.prefix,)
+            spec, key = tokenizer.spec, config.data.text_key
+            prefixes = (prepare(tuple(inputs), tokenizer_spec=spec, text_key=key, folder=scratch, log=say).prefix,)
         ranges: tuple[TokenRange, ...] = tuple(whole(IndexedDataset(prefix)) for prefix in prefixes)
-        loader = evaluation_loader(config, ranges or open_corpus(config, workdir, _say).held_out, tokenizer)
+        loader = evaluation_loader(config, ranges or open_corpus(config, workdir, say).held_out, tokenizer)
         program = open_tool_program(config, plain=False)
         restored = restore_params(program, workdir, step)
         count = loader.num_batches or 0
@@ -63,18 +53,12 @@ def evaluate(
     return dict(step=restored.step, eval_loss=result.loss, perplexity=perplexity, tokens=result.tokens)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m jaxlm.evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="a run's folder")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument(
-        "--input", nargs="+", default=(), metavar="FILE", help="text or JSONL files, tokenized as the run was"
-    )
+    text.add_argument("--input", nargs="+", default=(), metavar="FILE", help="text or JSONL, tokenized as the run was")
     text.add_argument("--data", nargs="+", default=(), metavar="PREFIX", help="tokenized .bin/.idx sets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

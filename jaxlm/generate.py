@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.session import load_config, open_tokenizer, open_tool_program, restore_params, with_vocabulary
+from jaxlm.session import open_run, open_tool_program, restore_params
 from jaxlm.settings import Parser, run_main
 from jaxlm.step import Program
 
@@ -40,11 +40,8 @@ def generate(
     """
     if not len(prompt):
         raise ValueError("generation needs at least one token to start from")
-    length, model = len(prompt) + max_new_tokens, program.config.model
-    layout = program.layout
-    parts = layout.num_parts(
-        layout.split("residual")
-    )  # positions of the window split evenly over these, in half chunks too
+    length, model, layout = len(prompt) + max_new_tokens, program.config.model, program.layout
+    parts = layout.num_parts(layout.split("residual"))  # the window splits evenly over these, in half chunks too
     unit = next(unit for unit in (2 * parts, parts) if unit <= model.max_seq_len)
     window = min(model.max_seq_len // unit, -(-length // unit)) * unit
     buffer_T = np.zeros(max(length, window), np.int32)
@@ -87,9 +84,8 @@ def write_sample(program: Program, params: object, tokenizer: Tokenizer, prompt:
     ids = list(tokenizer.encode(prompt)) if prompt else [] if tokenizer.eod is None else [tokenizer.eod]
     if not ids:
         raise UserError(Problem(f"prompt {prompt!r}", "gives no token to start from", "write a word"))
-    return prompt + tokenizer.decode(
-        generate(program, params, ids, num_ids=tokenizer.vocab_size, eod=tokenizer.eod, **sampling)
-    )
+    ids = generate(program, params, ids, num_ids=tokenizer.vocab_size, eod=tokenizer.eod, **sampling)
+    return prompt + tokenizer.decode(ids)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,9 +102,8 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) < low:
             flag = f"--{name.replace('_', '-')}={getattr(args, name)}"
             raise UserError(Problem(flag, f"must be at least {low}", f"use {low} or more"))
-    config = load_config(args.workdir)
-    tokenizer = open_tokenizer(config, args.workdir)
-    program = open_tool_program(with_vocabulary(config, tokenizer), plain=True)
+    config, tokenizer = open_run(args.workdir)
+    program = open_tool_program(config, plain=True)
     params = restore_params(program, args.workdir, args.step).state
     sampling = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
     print(write_sample(program, params, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **sampling))

@@ -15,9 +15,11 @@ import jaxlm
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.metrics.throughput import flops_per_token
+from jaxlm.metrics.writer import write_atomically
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
 from jaxlm.session import kernel_facts
+from jaxlm.settings import Resolved, to_json
 from jaxlm.step import Program, abstract_state, num_params, step_options
 
 LAYOUT_FILE = "layout.txt"
@@ -116,3 +118,9 @@ def layout_text(program: Program, found: list[Collective]) -> str:
             notes.append("shorter stages keep empty slots, counted above")
     sent = f"{collectives_table(found)}\n\n" if layout.mesh.size > 1 else ""
     return sent + "\n".join((table, *notes)) + "\n"
+
+
+def write_down(workdir: Path, resolved: Resolved, program: Program, found: list[Collective], facts: dict) -> None:
+    """config.json and layout.txt: what this start trains with."""
+    write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
+    write_atomically(workdir / LAYOUT_FILE, layout_text(program, found).encode())

@@ -29,8 +29,7 @@ from jaxlm.settings import Parser, flatten, run_main
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RAW, SMOOTH, EVAL, GRAD, INK = "#b9cde6", "#1f4e8c", "#d1495b", "#d9b382", "#333333"
-GRAD_INK = "#9c6b26"
+RAW, SMOOTH, EVAL, GRAD, GRAD_INK, INK = "#b9cde6", "#1f4e8c", "#d1495b", "#d9b382", "#9c6b26", "#333333"
 SMOOTH_FROM_POINTS = 20
 
 
@@ -150,9 +149,9 @@ def _markdown(run: Run) -> str:
 
 def _headline(run: Run) -> str:
     results, num_steps = run.results, run.settings.get("train.num_steps")
-    text = f"{'Finished' if run.is_finished else 'Not finished'}: {results.step:,}"
-    text += (f" of {num_steps:,}" if num_steps else "") + " steps"
-    text += f", {count_text(results.tokens)} tokens." if results.tokens is not None else "."
+    planned = f" of {num_steps:,}" if num_steps else ""
+    tokens = f", {count_text(results.tokens)} tokens" if results.tokens is not None else ""
+    text = f"{'Finished' if run.is_finished else 'Not finished'}: {results.step:,}{planned} steps{tokens}."
     for kind, best in (("evaluation", results.eval_loss_best), ("training", results.train_loss_best)):
         if best:
             return f"{text} Best {kind} loss **{loss_text(best.value)}** nats per token, at step {best.step:,}."

@@ -1,4 +1,4 @@
-"""What the loop and the tools over a workdir both open: settings, text, the program, batches on devices.
+"""What the loop and the tools over a workdir both open: settings, the program, parameters; and how both evaluate.
 
 A workdir is one run: config.json, layout.txt, data/, checkpoints/, metrics.jsonl (metrics.later.jsonl and .abandoned.jsonl:
 lines of steps made again), time.jsonl, tensorboard/, report.md, loss.png, summary.json, and stacks.txt of the watchdog.
@@ -9,13 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import sys
-import tempfile
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +23,14 @@ from jaxlm.checkpoint.manifest import Manifest
 from jaxlm.checkpoint.restore import Restored, newest_manifest, restore
 from jaxlm.checks import ignored
 from jaxlm.config import Config, Exit, MeshConfig, PipelineConfig, Problem, UserError, get
-from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Batch
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.parallel.context import choose_context
-from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.mesh import make_layout, make_mesh
 from jaxlm.parallel.multihost import CPU_THREADS, visible_gpus
 from jaxlm.parallel.rules import Layout
 from jaxlm.pipelined import from_layers, plan_stages, to_layers
-from jaxlm.settings import SCHEMA, Resolved, flatten, from_values, shown
+from jaxlm.settings import SCHEMA, flatten, from_values, shown
 from jaxlm.step import Program, abstract_state, chosen_kernels, make_program
 
 AHEAD = 2  # batches of an evaluation in flight
@@ -52,17 +46,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def with_corpus(resolved: Resolved, corpus: Corpus, note: Callable[[str], None]) -> Resolved:
-    """`resolved` with the vocabulary that its tokenizer decides; says if the model has tokens that it will never see."""
-    config = with_vocabulary(resolved.config, corpus.tokenizer)
-    if config.model.vocab_size > corpus.tokenizer.vocab_size:
-        unseen = f"{config.data.tokenizer} has {corpus.tokenizer.vocab_size}: the others are never seen"
-        note(f"model.vocab_size={config.model.vocab_size}, but data.tokenizer={unseen}")
-    return (
-        resolved if config == resolved.config else Resolved(config, resolved.origin | {"model.vocab_size": "derived"})
-    )
-
-
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     """The layout of `config` over `devices` (None: all), before any data is read.
 
@@ -73,10 +56,9 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     layout = make_layout(config.mesh, devices or jax.devices())
     actual = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **layout.mesh.shape))
     chosen = [key for key, (_, default) in SCHEMA.items() if get(config, key) != default.default]
-    if problems := [
-        p for p in ignored(actual, chosen) if p not in ignored(config, chosen)
-    ]:  # what a -1 turned out to be
-        raise UserError(*problems)
+    known = ignored(config, chosen)
+    if found := [row for row in ignored(actual, chosen) if row not in known]:  # what a -1 turned out to be
+        raise UserError(*found)
     chosen_kernels(config, layout)
     for length in {config.train.seq_len, *(length for _, length in config.data.row_lengths)}:
         choose_context(layout, config.model, length)
@@ -89,10 +71,8 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Layout:
         fits = [a for a in range(1, train.batch_size + 1) if train.batch_size % (a * shards) == 0]
         below = train.batch_size // shards * shards
         batch = f"train.batch_size={below or shards} or {below + shards if below else 2 * shards}"
-        remedy = (
-            f"use train.accumulate={max(fits, key=lambda a: -abs(a - train.accumulate))}" if fits else f"use {batch}"
-        )
-        raise UserError(Problem(f"train.batch_size={train.batch_size}", text, remedy))
+        fitting = f"train.accumulate={min(fits, key=lambda a: abs(a - train.accumulate))}" if fits else batch
+        raise UserError(Problem(f"train.batch_size={train.batch_size}", text, f"use {fitting}"))
     if (stages := layout.mesh.shape["pipeline"]) > 1:
         plan_stages(config, num_stages=stages, num_row_shards=shards)
     return layout
@@ -114,9 +94,7 @@ def open_tool_program(config: Config, *, plain: bool) -> Program:
     rows, width = config.train.batch_unit // config.train.accumulate, config.model.embed_dim
     count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0 and width % n == 0)
     if count < jax.device_count() and jax.process_count() > 1:
-        rule = (
-            f"rows and width split over {count} of the {jax.device_count()} devices of {jax.process_count()} processes"
-        )
+        rule = f"rows and width split over {count} of {jax.device_count()} devices, of {jax.process_count()} processes"
         raise UserError(Problem("a tool's mesh", rule, "run the tool by itself, in one process"))
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=count), pipeline=PipelineConfig())
     return open_program(config, jax.devices()[:count])
@@ -168,10 +146,11 @@ def check_accelerator() -> None:
         raise UserError(Problem(f"{gpus} NVIDIA GPU(s)", "the installed jax sees only the CPU", remedy))
 
 
-def open_tokenizer(config: Config, workdir: Path) -> Tokenizer:
-    """The tokenizer of a run, from its workdir where the run made one of its own."""
-    made = workdir / "data" / "chars.json"
-    return load_tokenizer(f"chars:{made}" if config.data.tokenizer == "chars" else config.data.tokenizer)
+def open_run(workdir: Path) -> tuple[Config, Tokenizer]:
+    """The settings of a run, and its tokenizer, from the workdir where the run made one of its own."""
+    config, made = load_config(workdir), workdir / "data" / "chars.json"
+    tokenizer = load_tokenizer(f"chars:{made}" if config.data.tokenizer == "chars" else config.data.tokenizer)
+    return with_vocabulary(config, tokenizer), tokenizer
 
 
 def restore_params(program: Program, workdir: Path, step: int | None) -> Restored:
@@ -224,49 +203,3 @@ def made_with(found: Manifest, note: Callable[[str], object]) -> Config:
     for gone in sorted(values.keys() - SCHEMA.keys()):
         note(f"step {found.step} was made with {gone}={shown(values.pop(gone))}, which is no setting any more")
     return from_values(values, f"step {found.step}")
-
-
-def preflight(workdir: Path) -> None:
-    """Makes the folder and proves that it and those in it take files. Raises UserError if one does not."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        inside = (workdir / name for name in ("checkpoints", "data", "tensorboard"))
-        for folder in (workdir, *(path for path in inside if path.is_dir())):
-            probe = folder / f".probe-{uuid.uuid4().hex}"
-            probe.write_bytes(b"jaxlm")
-            probe.replace(probe.with_suffix(".moved"))
-            probe.with_suffix(".moved").unlink()
-        free = shutil.disk_usage(workdir).free
-    except OSError as e:
-        raise UserError(Problem(f"--workdir={workdir}", f"can't be written: {e}", "choose a folder of yours")) from e
-    if free < 2**20:
-        raise UserError(Problem(f"--workdir={workdir}", f"has {free} bytes free", "make room, or choose another disk"))
-
-
-@contextmanager
-def own_folder(gang: Gang, workdir: Path) -> Iterator[Path]:
-    """Where this process writes what one process of a run writes down: process 0 in the workdir, which is everybody's; any
-    other in a folder that is thrown away.
-
-    Raises: UserError (exit code 3) naming a process that does not see the workdir of process 0.
-    """
-    mark = workdir / f".seen-{gang.settle('a mark in the workdir', uuid.uuid4().hex, lambda names: names[0])}"
-    with gang.together("making the workdir"):
-        if gang.process == 0:
-            preflight(workdir)
-            mark.touch()
-    try:
-        with gang.together("opening the workdir"):
-            if gang.process != 0:
-                preflight(workdir)
-            if not mark.exists():
-                rule, remedy = "is not the folder that process 0 has", "name one on a file system that all hosts share"
-                raise UserError(Problem(f"--workdir={workdir}", rule, remedy), exit_code=Exit.UNUSABLE)
-    finally:
-        if gang.process == 0:
-            mark.unlink()
-    if gang.process == 0:
-        yield workdir
-        return
-    with tempfile.TemporaryDirectory(prefix="jaxlm-") as scratch:
-        yield Path(scratch)

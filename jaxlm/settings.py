@@ -213,22 +213,18 @@ def keys_help() -> str:
 
 def load_file(spec: str) -> Mapping:
     """Runs `FILE.py[:arg]` and returns its `get_config(arg)`; UserError if it is missing, broken, or returns no mapping."""
-    name, _, arg = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(
-            Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here, after="/"))
-        )
+    (name, _, arg), where = spec.partition(":"), f"--config={spec}"
+    if not Path(name).is_file():
+        here = sorted(map(str, Path(name).parent.glob("*.py")))  # none where there is no such folder
+        raise UserError(Problem(where, f"no file {name} seen from {Path.cwd()}", nearest(name, here, after="/")))
     try:
         get_config = runpy.run_path(name)["get_config"]
         tree = get_config(arg) if arg else get_config()
     except Exception as e:
-        raise UserError(
-            Problem(f"--config={spec}", f"{type(e).__name__}: {e}", "mend the :argument, or the file's get_config")
-        ) from e
+        remedy = "mend the :argument, or the file's get_config"
+        raise UserError(Problem(where, f"{type(e).__name__}: {e}", remedy)) from e
     if not isinstance(tree, Mapping | ConfigDict):
-        raise UserError(Problem(f"--config={spec}", f"get_config gave a {type(tree).__name__}", "return a ConfigDict"))
+        raise UserError(Problem(where, f"get_config gave a {type(tree).__name__}", "return a ConfigDict"))
     return tree.to_dict() if isinstance(tree, ConfigDict) else tree
 
 

@@ -350,30 +350,30 @@ def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, j
 
 
 def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """`train_step` under jit, donating the state, with layouts pinned on both sides so that it compiles once."""
-    state, rows, whole = state_shardings(program), batch_sharding(program), program.layout.replicated
+    """`train_step` under jit, donating the state."""
+    state = state_shardings(program)
+    return _pinned(program, train_step, state, (state, program.layout.replicated), donate_argnums=0)
+
+
+def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """`eval_step` under jit."""
+    return _pinned(program, eval_step, state_shardings(program).params, program.layout.replicated)
+
+
+def _pinned(program: Program, function: Callable, at: Any, out: Any, **more: Any) -> Callable:
+    """`function` of what lies `at` and of a batch under jit, with layouts pinned on both sides so that it compiles once."""
     return jax.jit(
-        partial(train_step, program),
-        in_shardings=(state, rows),
-        out_shardings=(state, StepMetrics(*(whole for _ in StepMetrics._fields))),
-        donate_argnums=0,
+        partial(function, program),
+        in_shardings=(at, batch_sharding(program)),
+        out_shardings=out,
         compiler_options=step_options(program),
+        **more,
     )
 
 
 def step_options(program: Program) -> Options:
     """What XLA is asked for, for a step and an evaluation."""
     return compiler_options(program.layout, deterministic=program.config.train.deterministic)
-
-
-def compile_eval(program: Program) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    params, rows, whole = state_shardings(program).params, batch_sharding(program), program.layout.replicated
-    return jax.jit(
-        partial(eval_step, program),
-        in_shardings=(params, rows),
-        out_shardings=(whole, whole),
-        compiler_options=step_options(program),
-    )
 
 
 def batch_sharding(program: Program) -> jax.sharding.NamedSharding:

@@ -21,50 +21,30 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint.layout import Retention
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.compiled import Compiled, build
-from jaxlm.config import Config, Exit, Problem, UserError
+from jaxlm.config import Exit, Problem, UserError
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Loader, Prefetch
 from jaxlm.feed import feed
 from jaxlm.generate import write_sample
 from jaxlm.guards import Closing, StopSignals, Watchdog, explained
-from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
+from jaxlm.header import describe, header, provenance, write_down
 from jaxlm.metrics.ledger import Ledger, read_account
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.throughput import StepMeter, peak_flops_per_s
-from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
+from jaxlm.metrics.writer import MetricsLog, read_metrics
 from jaxlm.models.presets import PRESETS
-from jaxlm.opening import Work, open_work, take_lock
+from jaxlm.opening import Work, as_saved, open_store, open_work, owes_evaluation, own_folder, resume_or_begin, take_lock
 from jaxlm.parallel.gang import Gang, Limits
-from jaxlm.parallel.multihost import ALONE, Place, agree, find_place, join
+from jaxlm.parallel.multihost import Place, agree, find_place, join
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.parallel.votes import Asked, slow_devices
-from jaxlm.pipelined import from_layers, to_layers
 from jaxlm.report import write_report
-from jaxlm.resume import owes_evaluation
-from jaxlm.session import (
-    evaluate_batches,
-    open_tool_program,
-    own_folder,
-    restore_params,
-    use_device_settings,
-)
-from jaxlm.settings import (
-    Parser,
-    Resolved,
-    keys_help,
-    load_file,
-    resolve,
-    run_main,
-    split_overrides,
-    to_json,
-    warnings_to,
-)
-from jaxlm.step import Program, StepMetrics, TrainState, abstract_state, init_state, with_recent, without_recent
+from jaxlm.session import evaluate_batches, open_tool_program, restore_params, use_device_settings
+from jaxlm.settings import Parser, Resolved, keys_help, load_file, resolve, run_main, split_overrides, warnings_to
+from jaxlm.step import Program, StepMetrics, TrainState, without_recent
 from jaxlm.tuning import tune
 
 
@@ -91,9 +71,7 @@ def main(argv: Sequence[str]) -> int:
     return run(resolved, workdir, command=command, force_lock=args.force_lock, place=place)
 
 
-def run(
-    resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool = False, place: Place = ALONE
-) -> int:
+def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock: bool, place: Place) -> int:
     """Trains to train.num_steps, from the newest checkpoint in `workdir` if there is one. Returns the exit code.
 
     Of several processes, each at its `place`, process 0 writes all but the checkpoints; what others note goes nowhere.
@@ -117,15 +95,14 @@ def run(
         with ledger.during("compile"):
             tuned = tune(gang, work.program, workdir, progress.note)
         work = dataclasses.replace(work, program=tuned.program)
-        config, program, corpus = work.resolved.config, work.program, work.corpus
+        config, program = work.resolved.config, work.program
         store = stack.enter_context(open_store(config, workdir, lock, gang))
         ledger.enter("compile" if store.committed_step is None else "restore")  # what makes a state is compiled first
         state, start = resume_or_begin(program, store, progress.note)
         owed = owes_evaluation(config, workdir, start) and bool(work.held_out)
         agree(gang, {"restored step": start, "evaluation owed": owed})
         if start >= config.train.num_steps and not owed:
-            insist = "" if config.optim.schedule == "constant" else ", with --config.resume.allow=train.num_steps"
-            progress.note(f"already at step {start}: raise train.num_steps to go on{insist}")
+            say_done(config.optim.schedule, start, progress.note)
             note_report(folder, progress.note)  # the run may have been killed between its last save and its report
             return 0
         if told := gang.settle("ready to compile", stop.exit_code or 0, max):
@@ -136,12 +113,11 @@ def run(
         store.warm_up(as_saved(program, state))
         compiled = build(program, state, work.loader, made=tuned.steps, during=partial(ledger.during, "compile"))
         store.wait()
-        facts = describe(program, corpus, compiled.memory_bytes) | {"command": shlex.join(command)}
-        facts |= {"remat": tuned.facts, "remat_choice": str(tuned)} if tuned.facts else {}
-        write_down(folder, work.resolved, program, compiled, facts)
+        facts = describe(program, work.corpus, compiled.memory_bytes) | {"command": shlex.join(command)} | tuned.told
+        write_down(folder, work.resolved, program, compiled.collectives, facts)
         progress.note(header(program, facts, workdir, compiled.collectives, start=start, compile_s=compiled.seconds))
-        tensorboard = config.log.tensorboard and lock is not None
-        log = stack.enter_context(MetricsLog(folder, tensorboard=tensorboard, resume_step=start, warn=progress.note))
+        board = config.log.tensorboard and lock is not None
+        log = stack.enter_context(MetricsLog(folder, tensorboard=board, resume_step=start, warn=progress.note))
         loop = Loop(
             program=program, compiled=compiled, loader=work.loader, held_out=work.held_out, store=store, log=log,
             progress=progress, asked=Asked(lambda: stop.exit_code, gang), meter=make_meter(facts), ledger=ledger,
@@ -155,6 +131,11 @@ def run(
         ledger.flush()
         progress.note(f"time: {read_account(folder)}")
     return code
+
+
+def say_done(schedule: str, step: int, note: Callable[[str], None]) -> None:
+    insist = "" if schedule == "constant" else ", with --config.resume.allow=train.num_steps"
+    note(f"already at step {step}: raise train.num_steps to go on{insist}")
 
 
 def train_on(
@@ -171,36 +152,6 @@ def train_on(
             loop.ledger.flush()
             note_report(folder, loop.progress.note)
         raise
-
-
-def open_store(config: Config, workdir: Path, lock: RunLock | None, gang: Gang) -> CheckpointStore:
-    """The run's checkpoints, kept as the config has it."""
-    kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best)
-    return CheckpointStore(workdir / "checkpoints", retention=kept, lock=lock, gang=gang)
-
-
-def write_down(workdir: Path, resolved: Resolved, program: Program, compiled: Compiled, facts: dict) -> None:
-    """config.json and layout.txt: what this start trains with."""
-    write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
-    write_atomically(workdir / LAYOUT_FILE, layout_text(program, compiled.collectives).encode())
-
-
-def resume_or_begin(program: Program, store: CheckpointStore, note: Callable[[str], None]) -> tuple[TrainState, int]:
-    """The state of the newest sound checkpoint, or a new one, and the steps it has behind it."""
-    like, _ = without_recent(abstract_state(program))
-    saved_like = to_layers(program.pipe, like)
-    for shortage in shortages(store.directory, saved_like):
-        note(f"WARNING: {shortage}")
-    restored = store.restore_latest_good(saved_like)
-    if restored is None:
-        return init_state(program), 0
-    state = from_layers(program.pipe, restored.state, like)
-    return with_recent(program, state, restored.metadata.get("recent")), restored.step
-
-
-def as_saved(program: Program, state: TrainState) -> Any:
-    """The arrays of a checkpoint, a leaf a layer."""
-    return to_layers(program.pipe, without_recent(state)[0])
 
 
 @dataclass
@@ -235,10 +186,8 @@ class Loop:
         save_every, depth = self.program.config.checkpoint.every_steps, self.program.config.data.prefetch
         done = start
         self.ledger.resume(start)
-        with (
-            Prefetch(self._batch, start=start, stop=train.num_steps, depth=depth) as batches,
-            jax.transfer_guard("disallow"),
-        ):
+        batches = Prefetch(partial(feed, self.program, self.loader), start=start, stop=train.num_steps, depth=depth)
+        with batches, jax.transfer_guard("disallow"):
             if owed:
                 self._evaluate(start, state)
             self.meter.start(time_s=time.monotonic())
@@ -292,9 +241,6 @@ class Loop:
             return step_twice(self.compiled.step, state, batch, number=step)
         return self.compiled.step(state, batch)
 
-    def _batch(self, index: int) -> Any:
-        return feed(self.program, self.loader, index)
-
     def _read_pending(self) -> None:
         """Reads the step before the one in flight, logs it, and ends the run if too many in a row were not finite."""
         if self._pending is None:
@@ -303,8 +249,7 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         config = self.program.config
         tokens = self.loader.tokens_before(step)
-        of_step = tokens - self.loader.tokens_before(step - 1)
-        self.meter.step(time_s=time.monotonic(), tokens=of_step)
+        self.meter.step(time_s=time.monotonic(), tokens=tokens - self.loader.tokens_before(step - 1))
         skipped, streak = int(values.pop("skipped")), int(values.pop("streak"))
         if step % config.log.every_steps == 0 or step in (1, config.train.num_steps) or streak:
             record = {"step": step} | values | {"tokens": tokens}
@@ -322,14 +267,10 @@ class Loop:
             self.progress.note(f"step {step}: {why}: {shown}; update dropped ({streak} in a row)")
             self.progress.note(f"  it read {self.loader.places(step - 1)}")
         if streak >= config.train.max_nonfinite_steps:
-            raise UserError(
-                Problem(
-                    f"step {step}: train.max_nonfinite_steps={config.train.max_nonfinite_steps} reached",
-                    f"{streak} updates in a row were dropped; the last good update was step {step - streak}",
-                    f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}",
-                ),
-                exit_code=Exit.DIVERGED,
-            )
+            where = f"step {step}: train.max_nonfinite_steps={config.train.max_nonfinite_steps} reached"
+            rule = f"{streak} updates in a row were dropped; the last good update was step {step - streak}"
+            remedy = f"lower optim.peak_lr or look at the rows of these steps; saved: {self.store.committed_step}"
+            raise UserError(Problem(where, rule, remedy), exit_code=Exit.DIVERGED)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """The loss on every set, each by its name, and eval_loss over the tokens of all."""

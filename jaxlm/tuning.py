@@ -55,6 +55,11 @@ class Tuned:
     facts: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[tuple[int, int], Callable] = field(default_factory=dict)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What config.json and the header have of it: nothing where the config names a way."""
+        return {"remat": self.facts, "remat_choice": str(self)} if self.facts else {}
+
     def __str__(self) -> str:
         """One line for the header."""
         tried = []
@@ -122,11 +127,10 @@ def measure(
 
     def compiled(remat: str) -> Any:
         own = with_remat(program, remat)
-        return compile_step(own).lower(abstract_state(own), abstract_batch(own, shape)).compile()
+        return unless_full(lambda: compile_step(own).lower(abstract_state(own), abstract_batch(own, shape)).compile())
 
     with ThreadPoolExecutor() as pool:
-        made = zip(ways, pool.map(lambda remat: unless_full(partial(compiled, remat)), ways))
-        steps = {remat: step for remat, step in made if step is not None}
+        steps = {remat: step for remat, step in zip(ways, pool.map(compiled, ways)) if step is not None}
     needs = {remat: memory_bytes(steps[remat]) if remat in steps else None for remat in ways}
     fits = [remat for remat in steps if (needs[remat] or 0) <= (limit_bytes or float("inf"))]
     fits = gang.settle("which ways fit", fits, lambda each: [way for way in ways if all(way in own for own in each)])

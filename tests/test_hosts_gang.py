@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxlm.config import UserError
+from jaxlm.opening import own_folder
 from jaxlm.parallel.gang import Gang, Limits, free_port
 from jaxlm.parallel.multihost import Place, differences, find_place, unused_gpus
-from jaxlm.session import own_folder
 
 # A process of a gang: joins, does what it is told, and prints what became of it. Needs no jax, so it starts in a moment.
 MEMBER = """

@@ -43,12 +43,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        *,
-        num_steps: int,
-        stream: TextIO,
-        before_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, *, num_steps: int, stream: TextIO, before_s: float = 0.0, clock: Callable[[], float] = time.monotonic
     ):
         self._num_steps = num_steps
         self._stream: TextIO | None = stream

@@ -97,17 +97,17 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
     A torn last line is passed over in silence, any other damaged line with a warning.
     """
-    records = [_parse(line) for line in _read_lines(Path(workdir) / FILE_NAME)]
-    if num_damaged := records[:-1].count(None):
+    found, num_damaged = _read(Path(workdir) / FILE_NAME)
+    if num_damaged:
         _logger.warning("%s: passed over %d damaged lines", Path(workdir) / FILE_NAME, num_damaged)
-    return [record for record in records if record is not None]
+    return [record for _, record in found]
 
 
-def _read_lines(path: Path) -> list[bytes]:
-    try:
-        return [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    except FileNotFoundError:
-        return []
+def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """The sound lines of a file with their records; and how many others are damaged, not torn by the run's end."""
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
+    records = [_parse(line) for line in lines]
+    return [(line, record) for line, record in zip(lines, records) if record], records[:-1].count(None)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -125,24 +125,17 @@ def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
     Returns: how many lines were unreadable, and how many were of later steps.
     """
     waiting = path.with_name(LATER)
-    (found, num_damaged), (held, _) = _by_key(path), _by_key(waiting)
-    # what waits is of the branch that has checkpoints, and goes before
-    lines = sorted((found | held).items(), key=lambda line: line[0][0])
+    (found, num_damaged), (held, _) = _read(path), _read(waiting)
+    # what waits is of the branch that has checkpoints, and stands
+    by_key = {(record["step"], frozenset(record)): line for line, record in found + held}
+    lines = sorted(by_key.items(), key=lambda line: line[0][0])
     parts = {waiting: [line for (step, _), line in lines if step > resume_step]}
     parts[path] = [line for (step, _), line in lines if step <= resume_step]
     for file, part in parts.items():
         data = b"".join(line + b"\n" for line in part)
         if data != (file.read_bytes() if file.exists() else b""):
             write_atomically(file, data)
-    return num_damaged, sum(step > resume_step for step, _ in found)
-
-
-def _by_key(path: Path) -> tuple[dict[tuple[int, frozenset[str]], bytes], int]:
-    """Lines by what makes two of them the same, step and fields; and how many others are damaged, not torn by the run's end."""
-    lines = _read_lines(path)
-    records = [_parse(line) for line in lines]
-    keyed = {(record["step"], frozenset(record)): line for line, record in zip(lines, records, strict=True) if record}
-    return keyed, records[:-1].count(None)
+    return num_damaged, sum(record["step"] > resume_step for _, record in found)
 
 
 class _TensorBoard(EventsWriter):
@@ -189,12 +182,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self,
-        workdir: str | Path,
-        *,
-        tensorboard: bool,
-        resume_step: int,
-        warn: Callable[[str], None] = _logger.warning,
+        self, workdir: str | Path, *, tensorboard: bool, resume_step: int, warn: Callable[[str], None] = _logger.warning
     ):
         self._warn = warn
         self._path = Path(workdir) / FILE_NAME

@@ -22,7 +22,7 @@ from jaxlm.checkpoint.restore import restore
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
-from jaxlm.session import preflight
+from jaxlm.opening import preflight
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]), "XLA_FLAGS": ""}
