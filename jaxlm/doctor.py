@@ -10,11 +10,11 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,13 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.checkpoint.restore import first_line
 from jaxlm.checkpoint.space import available_memory_bytes, bytes_text
-from jaxlm.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, UserError, derived
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, derived
 from jaxlm.data.loader import Batch
 from jaxlm.feed import put_batch
 from jaxlm.parallel.gang import Limits
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.multihost import find_place, join, visible_gpus
+from jaxlm.parallel.votes import fastest_s
 from jaxlm.settings import Parser, run_main
 from jaxlm.step import compile_step, init_state, make_program
 
@@ -55,8 +57,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.level:<8}{self.what:<11}{self.found}"]
-        return "\n".join([*lines, *([f"{'':<19}{self.remedy}"] if self.remedy else [])])
+        line = f"{self.level:<8}{self.what:<11}{self.found}"
+        return line + (f"\n{'':<19}{self.remedy}" if self.remedy else "")
 
 
 def judged(what: str, found: str, *, fix: str = "", warning: str = "") -> Finding:
@@ -74,18 +76,16 @@ def check_packages() -> Iterator[Finding]:
     have = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     plugins = {name: version for name, version in have.items() if name.startswith(("jax-cuda", "jax_cuda"))}
     families = {name.replace("_", "-").split("-")[1] for name in plugins}
-    odd = {name: v for name, v in {"jaxlib": have["jaxlib"], **plugins}.items() if v != have["jax"]}
+    beside = {"jaxlib": have["jaxlib"], **plugins}
     extra = f"[{min(families)}]" if len(families) == 1 else "[cuda13]" if families else ""
     mend = f"{sys.executable} -m pip install 'jax{extra}=={have['jax']}'"
-    found = ", ".join(f"{name} {version}" for name, version in {"jaxlib": have["jaxlib"], **plugins}.items())
-    yield judged("jax", f"{have['jax']}, {found}", fix=mend if odd else "")
+    found = ", ".join(f"{name} {version}" for name, version in beside.items())
+    yield judged("jax", f"{have['jax']}, {found}", fix=mend if {*beside.values()} != {have["jax"]} else "")
     if len(families) > 1:
-        yield judged(
-            "plugins", f"of {' and '.join(sorted(families))}", fix="uninstall those of all but one CUDA version"
-        )
+        remedy = "uninstall those of all but one CUDA version"
+        yield judged("plugins", f"of {' and '.join(sorted(families))}", fix=remedy)
     wanted = importlib.metadata.requires("jaxlm") if "jaxlm" in have else ()
-    wanted = [line.partition(";")[0].strip() for line in wanted or () if "extra" not in line]
-    names = [line[: next((i for i, c in enumerate(line) if c in "<>=! "), len(line))] for line in wanted]
+    names = [re.split("[<>=!; ]", line)[0] for line in wanted or () if "extra" not in line]
     lacking = [name for name in names if name not in have and name.replace("_", "-") not in have]
     others = ", ".join(f"{name} {have[name]}" for name in ("flax", "optax", "orbax-checkpoint", "numpy"))
     remedy = f"{sys.executable} -m pip install {' '.join(lacking)}" if lacking else ""
@@ -95,24 +95,21 @@ def check_packages() -> Iterator[Finding]:
 def check_gpus() -> Iterator[Finding]:
     gpus, devices = len(visible_gpus()), jax.local_devices()
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,ecc.errors.uncorrected.volatile.total"]
+    query.append("--format=csv,noheader")
     try:
-        asked = subprocess.run(
-            [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True
-        )
-        for i, line in enumerate(asked.stdout.strip().splitlines()):
+        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        for i, line in enumerate(said.strip().splitlines()):
             *facts, errors = line.split(", ")
             bad = "its memory fails: take the host out" if errors.isdigit() and int(errors) else ""
             yield judged(f"GPU {i}", ", ".join(facts) + (f", {errors} memory errors" if bad else ""), fix=bad)
     except (OSError, subprocess.SubprocessError) as error:
         if gpus:
-            yield judged(
-                "driver", f"nvidia-smi fails: {error}", fix="install NVIDIA's driver, 580 or newer for CUDA 13"
-            )
+            remedy = "install NVIDIA's driver, 580 or newer for CUDA 13"
+            yield judged("driver", f"nvidia-smi fails: {error}", fix=remedy)
     used = len(devices) if devices[0].platform == "gpu" else 0
     found = f"{len(devices)} x {devices[0].device_kind}" + (f" of {gpus} visible GPUs" if gpus else "")
-    mend = (
-        f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}'; JAX_PLATFORMS=cpu says that CPUs are meant"
-    )
+    mend = f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}'"
+    mend += "; JAX_PLATFORMS=cpu says that CPUs are meant"
     fewer = "JAX_LOCAL_DEVICE_IDS or the launcher gives this process fewer" if 0 < used < gpus else ""
     yield judged("devices", found, fix=mend if gpus and not used else "", warning=fewer)
     if used:
@@ -143,9 +140,8 @@ def check_host() -> Iterator[Finding]:
 
 def check_numbers() -> Iterator[Finding]:
     """Three updates of a small model, on as many devices as its rows split over, against stored losses."""
-    losses = reference_losses(
-        jax.devices()[: gcd(8, jax.device_count())] if jax.process_count() == 1 else jax.devices()
-    )
+    count = gcd(8, jax.device_count()) if jax.process_count() == 1 else jax.device_count()
+    losses = reference_losses(jax.devices()[:count])
     off = max(abs(a - b) / b for a, b in zip(losses, REFERENCE, strict=True))
     found = f"three updates, {off:.1e} from the stored losses"
     remedy = "it computes something else: try each device alone (CUDA_VISIBLE_DEVICES), another driver, another jax"
@@ -155,9 +151,7 @@ def check_numbers() -> Iterator[Finding]:
 def reference_losses(devices: Sequence[Any]) -> list[float]:
     model = ModelConfig(vocab_size=61, vocab_multiple=16, num_layers=2, embed_dim=32, num_heads=4, max_seq_len=16)
     train = TrainConfig(num_steps=3, batch_size=8 * len(devices), loss_chunk_tokens=64)
-    config = derived(
-        Config(model, MeshConfig(), train=train, optim=OptimConfig(peak_lr=1e-2), data=DataConfig(train=("",)))
-    )
+    config = derived(Config(model, train=train, optim=OptimConfig(peak_lr=1e-2), data=DataConfig(train=("",))))
     program = make_program(config, make_layout(config.mesh, devices))
     tokens = (np.arange(8 * 17, dtype=np.int32).reshape(8, 17) * 7 % 61).repeat(train.batch_size // 8, axis=0)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((train.batch_size, 16), np.float32))
@@ -175,18 +169,10 @@ def check_bandwidth() -> Iterator[Finding]:
     if count == 1:
         yield judged("links", "one device: nothing to measure")
         return
-    mesh = Mesh(np.asarray(jax.devices()), ("all",))
-    split, size = NamedSharding(mesh, PartitionSpec("all")), BUFFER_BYTES // 4
-    make = jax.jit(lambda: jnp.ones((count, size)), out_shardings=split)
-    total = jax.jit(
-        jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=split.spec, out_specs=PartitionSpec())
-    )
-    x, times_s = make(), []
-    for _ in range(6):
-        begin = time.monotonic()
-        jax.block_until_ready(total(x))
-        times_s.append(time.monotonic() - begin)
-    rate = 2 * (count - 1) / count * BUFFER_BYTES / min(times_s)
+    mesh, split = Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec("all")
+    make = jax.jit(lambda: jnp.ones((count, BUFFER_BYTES // 4)), out_shardings=NamedSharding(mesh, split))
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=split, out_specs=PartitionSpec())
+    rate = 2 * (count - 1) / count * BUFFER_BYTES / fastest_s(jax.jit(total), make())
     slow = jax.default_backend() == "gpu" and rate < SLOW_BYTES_PER_S
     remedy = "see NCCL_DEBUG=INFO for the way it takes, nvidia-smi topo -m for the ways there are"
     yield judged("links", f"{bytes_text(rate)}/s from each of {count} devices to all", warning=remedy if slow else "")
@@ -198,9 +184,8 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m jaxlm.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m jaxlm.doctor", description=__doc__, formatter_class=raw)
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0, of several")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="how many look together")
     parser.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is")
@@ -213,8 +198,8 @@ def main(argv: Sequence[str]) -> int:
             except UserError:
                 raise
             except Exception as error:  # that it fails is what one came to hear
-                text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-                findings = [judged(check.__name__.removeprefix("check_"), text, fix="a run would fail here too")]
+                name = check.__name__.removeprefix("check_")
+                findings = [judged(name, first_line(error), fix="a run would fail here too")]
             for finding in findings:
                 print(finding, flush=True)
                 worst = max(worst, 2 * (finding.level == "fix"))

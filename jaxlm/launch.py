@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -31,7 +30,6 @@ from jaxlm.settings import Parser, run_main
 FINAL = (0, Exit.SETUP, Exit.DIVERGED, Exit.PREEMPTED, Exit.INTERRUPTED)
 IN_VAIN = 3  # restarts without a newer checkpoint
 LAST_LINES = 20
-ORDERLY = (0, *Exit)
 GRACE_S = 5.0  # that the others have where one died: to notice by themselves, and to end when told
 COMMIT_S = 300.0  # that they have where one ended in order: a commit may be under way
 BACK_OFF_S = 1.0
@@ -49,6 +47,11 @@ class Child:
         )  # fmt: skip
         self.reader = threading.Thread(target=self._copy, args=(log,), daemon=True)
         self.reader.start()
+
+    def runs(self) -> bool:
+        if self.process.poll() is not None:
+            self.ended_s = self.ended_s or time.monotonic()
+        return not self.ended_s
 
     def _copy(self, log: IO[str]) -> None:
         """Every line to the log and, behind the number, to our own output."""
@@ -85,8 +88,7 @@ class Launch:
             wait_s = BACK_OFF_S * 2**in_vain
             restarts += 1
             _say(f"ended with {code}; restart {restarts} of {self._args.max_restarts} in {wait_s:.0f} s")
-            self._awake.wait(wait_s)
-            if self._told is not None:
+            if self._awake.wait(wait_s):
                 return code
 
     def _once(self, restarts: int) -> int:
@@ -94,14 +96,11 @@ class Launch:
         address = f"127.0.0.1:{free_port()}"
         self._children = [self._start(i, address, restarts) for i in range(self._args.processes)]
         if self._told is not None:
-            self._signal(self._told)
-        while running := [child for child in self._children if child.process.poll() is None]:
+            self._pass_on(self._told)
+        while any([child.runs() for child in self._children]):
             time.sleep(0.05)
-            ended = [child for child in self._children if child not in running]
-            for child in ended:
-                child.ended_s = child.ended_s or time.monotonic()
-            failed = [child for child in ended if child.process.returncode]
-            waits = [c.ended_s + (COMMIT_S if c.process.returncode in ORDERLY else GRACE_S) for c in failed]
+            failed = [child for child in self._children if child.ended_s and child.process.returncode]
+            waits = [child.ended_s + (COMMIT_S if child.process.returncode in [*Exit] else GRACE_S) for child in failed]
             if waits and time.monotonic() > min(waits):
                 self._kill()
         self._kill()  # what the command may have left behind would hold our pipe
@@ -114,7 +113,7 @@ class Launch:
         failed = [child for child in self._children if child.process.returncode]
         if not failed:
             return 0
-        first = min(failed, key=lambda c: (c.process.returncode == Exit.UNUSABLE, c.ended_s or math.inf))
+        first = min(failed, key=lambda child: (child.process.returncode == Exit.UNUSABLE, child.ended_s))
         code = first.process.returncode
         if code not in (Exit.PREEMPTED, Exit.INTERRUPTED) and len(self._children) > 1:
             how = f"with {code}" if code > 0 else f"by {signal.Signals(-code).name}"
@@ -139,12 +138,9 @@ class Launch:
         log = (args.logs / f"process-{index}.log").open("a" if restarts else "w")
         return Child(index, self._command, env, log)
 
-    def _pass_on(self, number: int, frame: object) -> None:
+    def _pass_on(self, number: int, frame: object = None) -> None:
         self._told = number
         self._awake.set()
-        self._signal(number)
-
-    def _signal(self, number: int) -> None:
         for child in self._children:
             if child.process.poll() is None:
                 child.process.send_signal(number)
@@ -163,12 +159,9 @@ def _say(text: str) -> None:
 
 def _workdir(command: Sequence[str]) -> Path | None:
     """The --workdir of the command, if it has one."""
-    for i, word in enumerate(command):
-        if word == "--workdir" and i + 1 < len(command):
-            return Path(command[i + 1])
-        if word.startswith("--workdir="):
-            return Path(word.partition("=")[2])
-    return None
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--workdir", type=Path, nargs="?")
+    return finder.parse_known_args(command)[0].workdir
 
 
 def _newest(workdir: Path | None) -> int:
@@ -176,18 +169,16 @@ def _newest(workdir: Path | None) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m jaxlm.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m jaxlm.launch", description=__doc__, formatter_class=raw)
     parser.add_argument("--processes", type=int, required=True, metavar="P", help="on this host")
     parser.add_argument(
         "--devices-per-process", type=int, default=0, metavar="D",
         help="GPUs of each, or where there are none, CPU devices (default: an even share of the GPUs)",
     )  # fmt: skip
     parser.add_argument("--max-restarts", type=int, default=0, metavar="R", help="times a failed gang is started again")
-    parser.add_argument(
-        "--logs", type=Path, help="folder of process-I.log (default: logs in the command's --workdir, or here)"
-    )
+    logs = "folder of process-I.log (default: logs in the command's --workdir, or here)"
+    parser.add_argument("--logs", type=Path, help=logs)
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
     args, command = parser.parse_args(words[:at]), words[at + 1 :]
@@ -198,11 +189,8 @@ def main(argv: Sequence[str]) -> int:
     if args.processes < 1:
         problems.append(Problem(f"--processes={args.processes}", "starts nothing", "count processes from 1"))
     gpus = len(visible_gpus())
-    if (
-        args.processes > 0
-        and gpus
-        and args.processes * (args.devices_per_process or gpus // args.processes or 1) > gpus
-    ):
+    each = args.devices_per_process or gpus // max(args.processes, 1) or 1
+    if gpus and args.processes * each > gpus:
         where = f"--processes={args.processes} --devices-per-process={args.devices_per_process}"
         problems.append(Problem(where, f"there are {gpus} GPUs", "start fewer, or set JAX_PLATFORMS=cpu"))
     if args.max_restarts and command and _workdir(command) is None:

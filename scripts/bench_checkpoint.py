@@ -26,8 +26,7 @@ import jax
 import numpy as np
 
 from jaxlm.checkpoint.checksum import checksums
-from jaxlm.checkpoint.layout import name_leaves
-from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.layout import Retention, name_leaves
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch

@@ -3,11 +3,10 @@
 store.py      CheckpointStore: the writer of a run's directory; the loop's one door. Start here.
 restore.py    reading: the newest sound step, one step, its parameters alone; never writes
 lock.py       RunLock: one run a workdir, across hosts
-layout.py     what lies on disk: one directory a step, one named array a leaf; what is moved aside, what is left over
+layout.py     what lies on disk: one directory a step, one named array a leaf; which steps stay, what is moved aside
 manifest.py   step.json, what a step says of itself: arrays with checksums, files with sizes, the caller's metadata
 checksum.py   of an array, on the devices that hold it      staging.py   the copy in host memory that a save waits for
-retention.py  which steps stay                              space.py     disk and memory that saves will need
-examine.py    verify, diff, export without the run          __main__.py  python -m jaxlm.checkpoint
+space.py      disk and memory that saves will need          __main__.py  python -m jaxlm.checkpoint: no run is needed
 
 May import jaxlm.settings, jaxlm.config, jaxlm.parallel, jax, numpy and Orbax; nothing outside this room imports Orbax.
 Directories are on a file system that renames atomically (local disks, NFS, Lustre), not in an object store.

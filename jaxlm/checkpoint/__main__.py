@@ -11,32 +11,36 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from jaxlm.checkpoint import examine, layout
-from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint import layout, manifest
+from jaxlm.checkpoint.layout import METRIC, Retention, committed_steps, superseded
 from jaxlm.checkpoint.lock import RunLock
-from jaxlm.checkpoint.manifest import Damage, Manifest
-from jaxlm.checkpoint.restore import TABLE_ROWS, newest_manifest, read_manifest
-from jaxlm.checkpoint.retention import METRIC, Retention, superseded
+from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest, described
+from jaxlm.checkpoint.restore import TABLE_ROWS, changed, check_sums, newest_manifest, read_leaves
 from jaxlm.checkpoint.space import bytes_text
+from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Exit, Problem, UserError
 from jaxlm.settings import Parser, columns, flatten, progress_bar, run_main, shown
 
 EXIT_DIFFERENT = 1
+BATCH_BYTES = 2**30  # of arrays that are read at a time, onto one device
+PARAMS = "params."
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m jaxlm.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m jaxlm.checkpoint", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in COMMANDS.items():
         command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0], description=run.__doc__)
@@ -55,46 +59,39 @@ def main(argv: Sequence[str]) -> int:
         remedy = "choose another step; a run that trains deletes old ones"
         raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
     except OSError as error:
-        raise UserError(
-            Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
-        ) from error
+        problem = Problem(str(args.workdir), str(error), "make it readable, and writable to change it")
+        raise UserError(problem) from error
 
 
 def list_steps(args: argparse.Namespace) -> int:
     """Every checkpoint: when, how large, its metrics, mesh and versions, why it is kept."""
     directory = args.workdir / "checkpoints"
-    rows = []
+    rows, damaged = [], []
     for step in committed_steps(directory):
         try:
-            rows.append(_facts(read_manifest(directory / str(step))))
+            rows.append(_facts(manifest.read(directory / str(step))))
         except Damage as damage:
             rows.append({"step": step, "damaged": str(damage)})
-    damaged = {row["step"]: row["damaged"] for row in rows if "damaged" in row}
-    sound = {row["step"]: row["metrics"].get(METRIC) for row in rows if "damaged" not in row}
-    kept = _retention(directory, args).reasons(sound)
+            damaged.append(f"step {step} is damaged: {damage}")
+    kept = _retention(directory, args).reasons({r["step"]: r["metrics"].get(METRIC) for r in rows if "metrics" in r})
     for row in rows:
         row["kept"] = kept.get(row["step"], [])
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return Exit.UNUSABLE if damaged else 0
-    table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept")]
-    print("\n".join(columns([*table, *map(_row, rows)])))
-    for step, reason in damaged.items():
-        print(f"step {step} is damaged: {reason}")
+    table = [("step", "saved", "size", "metrics", "mesh", "versions", "kept"), *map(_row, rows)]
+    print(json.dumps(rows, indent=1) if args.json else "\n".join([*columns(table), *damaged]))
     return Exit.UNUSABLE if damaged else 0
 
 
 def verify(args: argparse.Namespace) -> int:
     """Reads every array of a step and compares it with its checksum; names the files and arrays that are bad."""
-    directory, results = args.workdir / "checkpoints", {}
-    for step in args.steps or committed_steps(directory):
+    results = {}
+    for step in args.steps or committed_steps(args.workdir / "checkpoints"):
         path = _step(args.workdir, step)
         with _bar(path) as bar:
-            results[step] = examine.verify(path, bar.update)
+            found = results[step] = [str(damage) for damage in _damages(path, bar.update)]
         if not args.json:
-            print(f"step {step}: " + ("\n  ".join(["DAMAGED", *map(str, results[step])]) if results[step] else "sound"))
+            print(f"step {step}: " + ("\n  ".join(["DAMAGED", *found]) if found else "sound"))
     if args.json:
-        print(json.dumps({step: [str(damage) for damage in found] for step, found in results.items()}, indent=1))
+        print(json.dumps(results, indent=1))
     return Exit.UNUSABLE if any(results.values()) else 0
 
 
@@ -105,33 +102,53 @@ def diff(args: argparse.Namespace) -> int:
         steps = [steps[-1], *committed_steps(args.other / "checkpoints")[-1:]]
     one, other = args.steps or (steps * 2)[-2:]
     paths = _step(args.workdir, one), _step(args.other or args.workdir, other)
-    a, b = map(_settings, map(read_manifest, paths))
+    a, b = map(_settings, map(manifest.read, paths))
     settings = {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
-    with _bar(*paths[:1]) as bar:
-        arrays = examine.differences(*paths, bar.update)
+    with _bar(paths[0]) as bar:
+        arrays = _differences(*paths, bar.update)
     if args.json:
-        print(json.dumps({"settings": settings, "arrays": list(map(asdict, arrays))}, indent=1))
+        print(json.dumps({"settings": settings, "arrays": arrays}, indent=1))
         return EXIT_DIFFERENT if arrays or settings else 0
-    where = [("", *map(str, paths))]
-    rows = [(key, *map(shown, values)) for key, values in settings.items()]
-    print("\n".join(columns([*where, *rows])))
+    print("\n".join(columns([("", *map(str, paths)), *((key, *map(shown, both)) for key, both in settings.items())])))
     number = lambda x: "-" if x is None else f"{x:.3g}"  # noqa: E731
-    worst = sorted(arrays, key=lambda d: -math.inf if d.relative is None else -d.relative)[:TABLE_ROWS]
-    cells = [(d.name, d.one, d.other, number(d.largest), number(d.relative)) for d in worst]
-    if cells:
+    worst = sorted(arrays, key=lambda d: -math.inf if d["relative"] is None else -d["relative"])[:TABLE_ROWS]
+    if worst:
+        cells = [(d["name"], d["one"], d["other"], number(d["largest"]), number(d["relative"])) for d in worst]
         print("\n".join(columns([("array", "one", "other", "largest", "relative"), *cells])))
-    if len(arrays) > len(cells):
-        print(f"... and {len(arrays) - len(cells)} arrays that differ less; --json has all")
-    print(f"{len(rows)} settings and facts differ, {len(arrays)} arrays")
+    if len(arrays) > len(worst):
+        print(f"... and {len(arrays) - len(worst)} arrays that differ less; --json has all")
+    print(f"{len(settings)} settings and facts differ, {len(arrays)} arrays")
     return EXIT_DIFFERENT if arrays or settings else 0
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes the parameters alone, in bfloat16 or float32, as a run of their own that evaluate and generate can read."""
     path = _step(args.workdir, args.step or committed_steps(args.workdir / "checkpoints")[-1])
+    source, output = manifest.read(path), args.output
+    if there := committed_steps(output / "checkpoints"):
+        rule = f"holds checkpoints already, of steps {', '.join(map(str, there))}"
+        raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=Exit.UNUSABLE)
+    cast: dict[str, jax.Array] = {}  # the host holds what is written
     with _bar(path) as bar:
-        made = examine.export(path, args.workdir, args.output, dtype=args.dtype, advance=bar.update)
-    print(f"{made}: {bytes_text(read_manifest(made).size_bytes)}, from {bytes_text(read_manifest(path).size_bytes)}")
+        for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
+            loaded = _read(path, batch)
+            check_sums(path, batch, loaded)
+            for name, x in loaded.items():
+                cast[name] = x.astype(args.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            bar.update(_bytes(*batch.values()))
+    output.mkdir(parents=True, exist_ok=True)
+    with RunLock(output) as lock, CheckpointStore(output / "checkpoints", lock=lock) as store:
+        store.save(source.step, cast, metadata=source.metadata | {"export": {"dtype": args.dtype, "from": str(path)}})
+        (outcome,) = store.close()
+    if outcome.error is not None:
+        remedy = "name an empty folder on a disk with room"
+        raise UserError(Problem(f"--output={output}", outcome.error, remedy), exit_code=Exit.UNUSABLE)
+    own = Path("data/chars.json")  # a tokenizer that the run made for itself
+    if (args.workdir / own).is_file():
+        (output / own).parent.mkdir(exist_ok=True)
+        shutil.copy(args.workdir / own, output / own)
+    made = _step(output, source.step)
+    print(f"{made}: {bytes_text(manifest.read(made).size_bytes)}, from {bytes_text(source.size_bytes)}")
     return 0
 
 
@@ -151,16 +168,16 @@ def rewind(args: argparse.Namespace) -> int:
     """Moves the checkpoints after a step to checkpoints/abandoned, so that the run goes on from there."""
     directory, path = args.workdir / "checkpoints", _step(args.workdir, args.to)
     with RunLock(args.workdir):
-        read_manifest(path)
+        manifest.read(path)
         later = [directory / str(step) for step in committed_steps(directory) if step > args.to]
-        layout.abandon(directory, later, f"rewound to step {args.to}")
+        for entry in later:
+            layout.abandon(entry, f"rewound to step {args.to}")
     print(f"the run goes on from step {args.to}; {len(later)} later checkpoints are in {directory / layout.ABANDONED}")
     return 0
 
 
 COMMANDS = {"list": list_steps, "verify": verify, "diff": diff, "export": export, "prune": prune, "rewind": rewind}
 
-KEYS = ("keep", "keep_every", "keep_best")
 JSON = {"--json": dict(action="store_true", help="print JSON")}
 KEEP = {
     "--keep": dict(type=int, metavar="N", help="newest ones kept (default: the run's setting)"),
@@ -195,31 +212,99 @@ def _step(workdir: Path, step: int) -> Path:
 
 def _bar(path: Path) -> tqdm:
     """Bytes of arrays read."""
-    try:
-        total = examine.size_bytes(read_manifest(path).leaves)
-    except Damage:
-        total = 0
+    total = 0
+    with contextlib.suppress(Damage):
+        total = _bytes(*manifest.read(path).leaves.values())
     return progress_bar(total, f"step {path.name}", "B", unit_scale=True)
+
+
+def _damages(path: Path, advance: Callable[[int], Any]) -> list[Damage]:
+    """Everything that is wrong with the step in `path`.   Raises: Damage if a run deleted it meanwhile."""
+    try:
+        saved = manifest.read(path).leaves
+    except Damage as damage:
+        return [damage]
+    found: list[Damage] = []
+    for batch in _batches(saved):
+        found += _damaged_arrays(path, batch)
+        advance(_bytes(*batch.values()))
+    if not layout.is_committed(path):
+        raise Damage(path, "was deleted while it was read")
+    return found
+
+
+def _damaged_arrays(path: Path, leaves: dict[str, Leaf]) -> Iterator[Damage]:
+    try:
+        for name in changed(leaves, _read(path, leaves)):
+            yield Damage(path, f"checksum of {name} differs from what was saved")
+    except Damage as damage:
+        for name, leaf in leaves.items():  # which of them?
+            if len(leaves) > 1:
+                yield from _damaged_arrays(path, {name: leaf})
+            else:
+                yield Damage(path, f"{name} can't be read: {damage.reason}")
+
+
+def _differences(one: Path, other: Path, advance: Callable[[int], Any]) -> list[dict[str, Any]]:
+    """Arrays that differ between two steps, in the first's order. Equal checksums are equal arrays and are not read.
+
+    largest, relative: of the absolute difference, and that over the first's largest value; None where shapes or dtypes
+    differ or one has no such array.
+    """
+    a, b = manifest.read(one).leaves, manifest.read(other).leaves
+    found = []
+    for name in a | b:
+        x, y = a.get(name), b.get(name)
+        row = {"name": name, "one": described(x), "other": described(y), "largest": None, "relative": None}
+        if row["one"] != row["other"]:
+            found.append(row)
+        elif x is not None and x != y:
+            first, second = (np.asarray(_read(path, {name: x})[name], np.float64) for path in (one, other))
+            largest, scale = (float(np.abs(values).max()) for values in (first - second, first))
+            if largest != 0:
+                found.append(row | {"largest": largest, "relative": largest / scale if scale else math.inf})
+        advance(_bytes(x or b[name]))
+    return found
+
+
+def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:
+    """`leaves` in order, as many at a time as fit into BATCH_BYTES, one at least."""
+    batch: dict[str, Leaf] = {}
+    for name, leaf in leaves.items():
+        if batch and _bytes(*batch.values(), leaf) > BATCH_BYTES:
+            yield batch
+            batch = {}
+        batch[name] = leaf
+    if batch:
+        yield batch
+
+
+def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here) for name, x in leaves.items()}
+    return read_leaves(path, like)
+
+
+def _bytes(*leaves: Leaf) -> int:
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def _retention(directory: Path, args: argparse.Namespace) -> Retention:
     """The run's rules as its newest readable checkpoint has them, or what the flags say instead."""
-    newest = newest_manifest(directory)
-    settings = dict(zip(KEYS, (3, 0, 0)))
+    keys, newest = ("keep", "keep_every", "keep_best"), newest_manifest(directory)
+    settings = dict(zip(keys, astuple(Retention())))
     settings |= (newest.metadata.get("config", {}) if newest else {}).get("checkpoint", {})
-    asked = (args.keep, args.keep_every, args.keep_best)
-    rules = Retention(*(settings[key] if value is None else value for key, value in zip(KEYS, asked)))
+    settings |= {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    rules = Retention(*(settings[key] for key in keys))
     if rules.newest < 1:
         raise UserError(Problem(f"--keep={rules.newest}", "the newest checkpoint always stays", "use 1 or more"))
     return rules
 
 
 def _facts(found: Manifest) -> dict[str, Any]:
-    kept = {
-        key: found.metadata[key] for key in ("mesh", "devices", "versions", "data", "export") if key in found.metadata
-    }
     own = dict(step=found.step, saved_at=found.saved_at, size_bytes=found.size_bytes, metrics=found.metrics)
-    return own | kept
+    kept = ("mesh", "devices", "versions", "data", "export")
+    return own | {key: found.metadata[key] for key in kept if key in found.metadata}
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:

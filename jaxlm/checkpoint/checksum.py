@@ -45,12 +45,12 @@ def own_sums(named: Mapping[str, jax.Array]) -> np.ndarray:
     kinds, on as many sets of devices as a pipeline has stages, and its moments may rest in host memory, from where they visit
     the device one at a time.
     """
-    tables: dict[Any, dict[str, jax.Array]] = defaultdict(dict)
+    tables: dict[Mesh, dict[str, jax.Array]] = defaultdict(dict)
     for name, x in named.items():
         if not x.sharding.addressable_devices:  # a layer of a stage on other hosts: their sum is all of it
             continue
         mesh, spec = _mesh_and_spec(x.sharding)
-        tables[mesh or x.sharding][name] = _sums(x, mesh, spec)
+        tables[mesh][name] = _sums(x, mesh, spec)
     totals = {}
     for sums in tables.values():  # one array comes to the host for each mesh, not one for each name
         table = _stack(list(sums.values()))
@@ -65,11 +65,9 @@ def _stack(sums: list[jax.Array]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _sums(x: Any, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+def _sums(x: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """u32[devices]: the sum over the words of each device's part of `x`; 0 where another device has the same part."""
     x = jax.device_put(x, jax.memory.Space.Device)
-    if mesh is None:
-        return _sum_of_part(x, [0] * x.ndim, x.shape)[None]
     split = split_axes(spec)
     split += [()] * (x.ndim - len(split))
     copies = tuple(axis for axis in mesh.axis_names if axis not in {axis for axes in split for axis in axes})
@@ -95,11 +93,11 @@ def _sum_of_part(x: jax.Array, starts: Sequence[Any], whole: Sequence[int]) -> j
 
 
 def _mesh_and_spec(sharding: Sharding) -> tuple[Any, PartitionSpec]:
-    """How arrays of `sharding` are split; (None, nothing) for those on one device."""
+    """How arrays of `sharding` are split; one device is a mesh of one."""
     if isinstance(sharding, NamedSharding):
         return sharding.mesh, sharding.spec
-    assert len(sharding.device_set) == 1, f"no rule for {sharding}"
-    return None, PartitionSpec()
+    (device,) = sharding.device_set
+    return Mesh([device], ("device",)), PartitionSpec()
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory: the names of entries, and the names of arrays inside one.
+"""What lies in a checkpoint directory: the names of entries, those of arrays inside one, and which steps stay.
 
     checkpoints/
       500/                             a committed step: Orbax's files and step.json (manifest.py)
@@ -18,7 +18,8 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ ABANDONED = "abandoned"
 NOTES = "notes.txt"
 LEFTOVER = re.compile(r"\d+(\.writing.*|\.pruned|\.orbax-checkpoint-tmp.*)")
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")
+METRIC = "eval_loss"  # what the best checkpoints are the best by
 
 
 def name_leaves(tree: Any, *, part: str = "") -> dict[str, Any]:
@@ -79,16 +81,11 @@ def commit(directory: Path, step: int) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what killed saves and killed deletions left. Only for the one process that writes in `directory`."""
-    for entry in directory.iterdir():
+    """Deletes what killed saves and deletions left, and failed saves: a full disk has room for the next one. Only for the
+    one process that writes in `directory`, while it saves nothing."""
+    for entry in directory.glob("*"):
         if LEFTOVER.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def remove_writing(directory: Path, step: int) -> None:
-    """Deletes what a failed save of `step` left, so that a full disk has room for the next one."""
-    for entry in directory.glob(f"{step}{WRITING}*"):
-        shutil.rmtree(entry, ignore_errors=True)
 
 
 def remove(directory: Path, steps: Iterable[int]) -> None:
@@ -101,16 +98,51 @@ def remove(directory: Path, steps: Iterable[int]) -> None:
             log.warning("checkpoint of step %d could not be deleted: %s", step, error)
 
 
-def abandon(directory: Path, entries: Iterable[Path], reason: str) -> None:
-    """Moves entries of `directory` into abandoned/, out of the way of saves to come; nothing is deleted."""
-    folder = directory / ABANDONED
-    for entry in entries:
-        folder.mkdir(exist_ok=True)
-        names = itertools.chain([entry.name], (f"{entry.name}-{n}" for n in itertools.count(1)))
-        target = entry.rename(next(folder / name for name in names if not (folder / name).exists()))
-        log.warning("%s\n  moved to %s\n  %s", entry, target, reason)
-        with contextlib.suppress(OSError), open(folder / NOTES, "a") as notes:  # a full disk keeps the move alone
-            notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
+def abandon(entry: Path, reason: str) -> None:
+    """Moves an entry of a checkpoint directory into abandoned/, out of the way of saves to come; nothing is deleted."""
+    folder = entry.parent / ABANDONED
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([entry.name], (f"{entry.name}-{n}" for n in itertools.count(1)))
+    target = entry.rename(next(folder / name for name in names if not (folder / name).exists()))
+    log.warning("%s\n  moved to %s\n  %s", entry, target, reason)
+    with contextlib.suppress(OSError), open(folder / NOTES, "a") as notes:  # a full disk keeps the move alone
+        notes.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {reason}\n")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """newest: how many, >= 1.   every: steps divisible by it stay for ever (0: none).   best: how many with the
+    smallest held-out loss stay (0: none)."""
+
+    newest: int = 3
+    every: int = 0
+    best: int = 0
+
+    def reasons(self, losses: Mapping[int, float | None]) -> dict[int, list[str]]:
+        """Why each of the steps that are kept is kept.
+
+        losses: the held-out loss of every step, None where there is none.
+        """
+        assert self.newest >= 1, self.newest
+        scored = sorted((loss, -step) for step, loss in losses.items() if loss is not None and loss == loss)
+        rules = {
+            "newest": sorted(losses)[-self.newest :],
+            f"every {self.every}": [step for step in losses if self.every and step % self.every == 0],
+            "best": [-step for _, step in scored[: self.best]],
+        }
+        kept = {step: [reason for reason, steps in rules.items() if step in steps] for step in losses}
+        return {step: reasons for step, reasons in kept.items() if reasons}
+
+
+def superseded(directory: Path, retention: Retention) -> list[int]:
+    """Steps of `directory` that `retention` does not keep. A step that is damaged counts as none and is not among them:
+    it keeps no good one from being kept, and stays where it is."""
+    losses = {}
+    for step in committed_steps(directory):
+        with contextlib.suppress(manifest.Damage):
+            losses[step] = manifest.read(directory / str(step)).metrics.get(METRIC)
+    kept = retention.reasons(losses)
+    return [step for step in losses if step not in kept]
 
 
 def _step_entries(directory: Path) -> list[Path]:

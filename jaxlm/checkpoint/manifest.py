@@ -33,9 +33,6 @@ class Leaf:
     shape: tuple[int, ...]
     checksum: int
 
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
 
 @dataclass(frozen=True)
 class File:
@@ -67,47 +64,52 @@ def seal(path: Path, *, step: int, leaves: Mapping[str, Leaf], metadata: dict[st
     files = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
-            files[str(file.relative_to(path))] = _describe(file, digest=file.stat().st_size < DIGEST_BELOW_BYTES)
+            files[str(file.relative_to(path))] = _facts(file, digest=file.stat().st_size < DIGEST_BELOW_BYTES)
             flush(file)
     content = asdict(Manifest(step, time.time(), dict(leaves), metadata, files))
-    with open(path / FILE, "w") as out:
-        json.dump({"sha256": _digest(content), "content": content}, out)
-        out.flush()
-        os.fsync(out.fileno())
-    for folder in (path, *(entry for entry in path.rglob("*") if entry.is_dir())):
-        flush(folder)
+    (path / FILE).write_text(json.dumps({"sha256": _digest(content), "content": content}))
+    for entry in (path / FILE, path, *(folder for folder in path.rglob("*") if folder.is_dir())):
+        flush(entry)
 
 
-def read(path: Path) -> Manifest:
-    """The manifest of the step in `path`.   Raises: Damage if it is missing or not what was written."""
+def read(path: Path, *, whole: bool = True) -> Manifest:
+    """The manifest of the step in `path`.
+
+    Raises: Damage if it is missing or not what was written or, where the step shall be `whole`, at the first of its files
+      that is missing, has another size or, if small, other bytes.
+    """
     try:
         tree = json.loads((path / FILE).read_bytes())
         content = tree["content"]
         if tree["sha256"] != _digest(content):
             raise ValueError("is not what was written")
-        leaves = {
-            name: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["checksum"])
-            for name, leaf in content["leaves"].items()
-        }
+        leaves = {name: Leaf(x["dtype"], tuple(x["shape"]), x["checksum"]) for name, x in content["leaves"].items()}
         files = {name: File(**file) for name, file in content["files"].items()}
+        found = Manifest(content["step"], content["saved_at"], leaves, content["metadata"], files)
     except FileNotFoundError as error:
         raise Damage(path / FILE, "missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damage(path / FILE, f"unreadable: {error}") from error
-    return Manifest(content["step"], content["saved_at"], leaves, content["metadata"], files)
+    if whole:
+        _check_files(path, files)
+    return found
 
 
-def check_files(path: Path, manifest: Manifest) -> None:
-    """Raises Damage at the first file of the step that is missing, has another size or, if small, other bytes."""
-    for name, expected in manifest.files.items():
+def _check_files(path: Path, files: Mapping[str, File]) -> None:
+    for name, expected in files.items():
         try:
-            found = _describe(path / name, digest=expected.sha256 is not None)
+            found = _facts(path / name, digest=expected.sha256 is not None)
         except OSError as error:
             raise Damage(path / name, "missing" if isinstance(error, FileNotFoundError) else str(error)) from error
         if found.size_bytes != expected.size_bytes:
             raise Damage(path / name, f"has {found.size_bytes:,} bytes of {expected.size_bytes:,}")
         if found != expected:
             raise Damage(path / name, "is not what was written")
+
+
+def described(array: Any) -> str:
+    """float32[2,8] of anything with dtype and shape; - of None."""
+    return "-" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def flush(path: Path) -> None:
@@ -119,7 +121,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _describe(path: Path, *, digest: bool) -> File:
+def _facts(path: Path, *, digest: bool) -> File:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         return File(size, hashlib.file_digest(file, "sha256").hexdigest() if digest else None)

@@ -22,7 +22,7 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.config import Exit, Problem, UserError
-from jaxlm.parallel.gang import Gang
+from jaxlm.parallel.gang import SOLO, Gang
 from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
@@ -43,9 +43,7 @@ class Restored:
     passed_over: dict[int, Damage] = field(default_factory=dict)
 
 
-def restore_latest_good(
-    directory: str | Path, abstract: Any, *, part: str = "", gang: Gang | None = None
-) -> Restored | None:
+def restore_latest_good(directory: str | Path, abstract: Any, *, part: str = "", gang: Gang = SOLO) -> Restored | None:
     """The newest sound step of `directory`, or None where there is no step at all.
 
     A step that is truncated, unreadable or not what was saved is warned of, with its file and the reason, and left where it
@@ -134,26 +132,19 @@ def changed(saved: Mapping[str, Leaf], loaded: Mapping[str, jax.Array]) -> list[
     return [name for name, value in checksums(loaded).items() if saved[name].checksum != value]
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the step in `path`, its files all there.   Raises: Damage."""
-    found = manifest.read(path)
-    manifest.check_files(path, found)
-    return found
-
-
 def newest_manifest(directory: Path) -> Manifest | None:
     """What the newest step that can be asked says of itself; whether its files are there is not looked at."""
     for step in reversed(committed_steps(directory)):
         with contextlib.suppress(Damage):
-            return manifest.read(directory / str(step))
+            return manifest.read(directory / str(step), whole=False)
     return None
 
 
-def _load(path: Path, abstract: Any, part: str, gang: Gang | None = None) -> Restored:
+def _load(path: Path, abstract: Any, part: str, gang: Gang = SOLO) -> Restored:
     wanted = name_leaves(abstract, part=part)
     # The loop runs under transfer_guard("disallow"); reading a checkpoint is a transfer that is meant.
     with jax.transfer_guard("allow"):
-        found = _everywhere(gang, path, lambda: read_manifest(path))
+        found = _everywhere(gang, path, lambda: manifest.read(path))
         stored = {name: _as_exported(leaf, found.leaves.get(name)) if part else leaf for name, leaf in wanted.items()}
         check_fits(path, saved=found.leaves, wanted=stored, part=part)
         loaded = _everywhere(gang, path, lambda: read_leaves(path, stored))
@@ -162,20 +153,16 @@ def _load(path: Path, abstract: Any, part: str, gang: Gang | None = None) -> Res
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
 
 
-def _everywhere(gang: Gang | None, path: Path, read: Callable[[], T]) -> T:
+def _everywhere(gang: Gang, path: Path, read: Callable[[], T]) -> T:
     """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
     result, damage = None, None
     try:
         result = read()
     except Damage as found:
         damage = found
-    where = (
-        gang.settle(f"reading {path}", damage is not None, lambda damaged: [*damaged, True].index(True)) if gang else 0
-    )
-    if gang is not None and damage is None and where < gang.count:
-        damage = Damage(path, f"process {where} ({gang.names[where]}) found it damaged")
-    if damage is not None:
-        raise damage
+    damaged = gang.settle(f"reading {path}", damage is not None, lambda each: [i for i, bad in enumerate(each) if bad])
+    if damaged:
+        raise damage or Damage(path, f"process {damaged[0]} ({gang.names[damaged[0]]}) found it damaged")
     return cast(T, result)
 
 
@@ -195,20 +182,15 @@ def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any
     for name, leaf in wanted.items():
         assert leaf.sharding is not None, f"{name} has no sharding: say where it shall lie"
     names = list(wanted) + ([] if part else [name for name in saved if name not in wanted])
-    rows = [(name, _describe(saved.get(name)), _describe(wanted.get(name))) for name in names]
+    rows = [(name, manifest.described(saved.get(name)), manifest.described(wanted.get(name))) for name in names]
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
         return
     table = columns([("path", "saved", "now"), *rows[:TABLE_ROWS]])
-    if len(rows) > TABLE_ROWS:
-        table.append(f"... and {len(rows) - TABLE_ROWS} more")
+    more = [f"... and {len(rows) - TABLE_ROWS} more"] if len(rows) > TABLE_ROWS else []
     head = f"does not fit the model and optimizer of this run: {len(rows)} arrays differ"
     remedy = "restore with the settings it was saved with, or use a new --workdir"
-    raise UserError(Problem(str(path), "\n    ".join([head, *table]), remedy))
-
-
-def _describe(leaf: Any) -> str:
-    return "-" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    raise UserError(Problem(str(path), "\n    ".join([head, *table, *more]), remedy))
 
 
 def first_line(error: BaseException) -> str:

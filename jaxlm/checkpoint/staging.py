@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -28,25 +29,22 @@ def stage(named: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         name: [shard.data for shard in array.addressable_shards if shard.device in shardings[name].device_set]
         for name, array in named.items()
     }
-    flat = [part for pieces in parts.values() for part in pieces]
-    places = [SingleDeviceSharding(part.device, memory_kind=KIND) for part in flat]
-    copies = iter(jax.block_until_ready(jax.device_put(flat, places, may_alias=False)))
-    pieces = {name: [next(copies) for _ in parts[name]] for name in named}
+    places = jax.tree.map(lambda part: _pinned(part.device), parts)
+    pieces = jax.block_until_ready(jax.device_put(parts, places, may_alias=False))
     if jax.process_count() > 1:
         shardings = _seen_by_all(shardings)
-        blanks: dict[Any, jax.Array] = {}
+        blank = cache(lambda shape, dtype, device: jax.device_put(np.zeros(shape, dtype), _pinned(device)))
         for name, sharding in shardings.items():
-            if not pieces[name]:
-                shape, dtype = sharding.shard_shape(named[name].shape), named[name].dtype
-                for device in sharding.addressable_devices:
-                    place = SingleDeviceSharding(device, memory_kind=KIND)
-                    key = shape, dtype, device
-                    blanks[key] = blanks[key] if key in blanks else jax.device_put(np.zeros(shape, dtype), place)
-                    pieces[name].append(blanks[key])
+            shape, dtype = sharding.shard_shape(named[name].shape), named[name].dtype
+            pieces[name] = pieces[name] or [blank(shape, dtype, device) for device in sharding.addressable_devices]
     return {
         name: jax.make_array_from_single_device_arrays(array.shape, shardings[name], pieces[name], dtype=array.dtype)
         for name, array in named.items()
     }
+
+
+def _pinned(device: Any) -> Sharding:
+    return SingleDeviceSharding(device, memory_kind=KIND)
 
 
 def one_replica(sharding: Sharding) -> Sharding:

@@ -18,14 +18,13 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import layout, manifest
 from jaxlm.checkpoint.checksum import own_sums
-from jaxlm.checkpoint.layout import ITEM, committed_steps, name_leaves
+from jaxlm.checkpoint.layout import ITEM, Retention, committed_steps, name_leaves, superseded
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
 from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, silence_details
-from jaxlm.checkpoint.retention import Retention, superseded
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Exit, Problem, UserError
-from jaxlm.parallel.gang import LEAVE_S, RERUN, Gang, Limits
+from jaxlm.parallel.gang import LEAVE_S, RERUN, SOLO, Gang
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -62,7 +61,7 @@ class CheckpointStore:
       directory: made if it is missing. Leftovers of killed saves in it are removed.
       retention: which committed steps stay; the others are deleted after each commit.
       lock: of the run, asked before each commit: once another run has taken over, nothing is committed.
-      gang: the processes that save together (None: this one alone).
+      gang: the processes that save together.
 
     Raises: UserError if the directory cannot be made or listed.
     """
@@ -73,11 +72,10 @@ class CheckpointStore:
         *,
         retention: Retention = DEFAULT,
         lock: RunLock | None = None,
-        gang: Gang | None = None,
+        gang: Gang = SOLO,
     ):
         self.directory = Path(directory).absolute()
-        self._retention, self._lock = retention, lock
-        self._gang = gang or Gang(0, 1, "", name="", limits=Limits())
+        self._retention, self._lock, self._gang = retention, lock, gang
         self._closed = False
         self._torn: UserError | None = None  # a save that failed here while the others go on with it
         self._failures = 0
@@ -89,7 +87,7 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 layout.remove_leftovers(self.directory)
-            self._committed_step = max(committed_steps(self.directory), default=None)
+            self.committed_step = max(committed_steps(self.directory), default=None)  # the newest, known restorable
         except OSError as error:
             problem = Problem(f"checkpoints in {self.directory}", str(error), "use another --workdir, or mend this one")
             raise UserError(problem) from error
@@ -99,7 +97,7 @@ class CheckpointStore:
         then nothing has happened, and a disk that only stuttered loses nothing."""
         restored = restore_latest_good(self.directory, abstract_state, gang=self._gang)
         if restored is not None and restored.passed_over:
-            self._passed_over, self._committed_step = restored.passed_over, restored.step
+            self._passed_over, self.committed_step = restored.passed_over, restored.step
         return restored
 
     def warm_up(self, state: Any) -> None:
@@ -140,9 +138,12 @@ class CheckpointStore:
             assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf).__name__}, not a jax.Array"
         self.wait()
         self.check()
-        if self._committed_step is not None and step <= self._committed_step:
-            self._refuse_earlier(step)
+        if step == self.committed_step:
             return False
+        if step < (self.committed_step or 0):
+            rule = f"step {step} would be saved behind step {self.committed_step}, and a restart would not find it"
+            remedy = "python -m jaxlm.checkpoint rewind moves later steps out of the way"
+            raise UserError(Problem(f"checkpoints in {self.directory}", rule, remedy))
         # The loop runs under transfer_guard("disallow"); this copy to the host is meant.
         with jax.transfer_guard("allow"):
             staged, said = {}, None
@@ -186,11 +187,6 @@ class CheckpointStore:
         self._background.shutdown()
         return self.poll()
 
-    @property
-    def committed_step(self) -> int | None:
-        """The newest step that is known to be restorable."""
-        return self._committed_step
-
     def check(self) -> None:
         """Raises UserError (exit code 3) if another run has taken over, or if this process of several failed in a save that
         the others go on with: they wait for it until it leaves."""
@@ -226,7 +222,7 @@ class CheckpointStore:
         except Exception as error:  # whatever ended it, a run of one process goes on and the next save may succeed
             self._failed(step, first_line(error), start, blocked_s, torn=self._gang.count > 1)
             return
-        self._committed_step, self._failures = step, 0
+        self.committed_step, self._failures = step, 0
         self._outcomes.append(SaveOutcome(step, None, time.monotonic() - start, blocked_s, 0))
         if jax.process_index() == 0:
             try:
@@ -236,7 +232,7 @@ class CheckpointStore:
 
     def _failed(self, step: int, error: str, start: float, blocked_s: float, *, torn: bool = False) -> None:
         if jax.process_index() == 0 and not (self._lock and self._lock.lost):  # else it is the other run's by now
-            layout.remove_writing(self.directory, step)
+            layout.remove_leftovers(self.directory)
         self._failures += 1
         if torn:
             problem = Problem(f"checkpoint of step {step}", f"was not saved: {error}", f"mend that; {RERUN}")
@@ -255,22 +251,15 @@ class CheckpointStore:
         if jax.process_index() != 0:
             return
         for later, damage in [*self._passed_over.items()]:
-            reason = f"{damage}; the run went on from step {self._committed_step}"
-            layout.abandon(self.directory, [self.directory / str(later)], reason)
+            reason = f"{damage}; the run went on from step {self.committed_step}"
+            layout.abandon(self.directory / str(later), reason)
             del self._passed_over[later]
         entry = self.directory / str(step)
-        if entry.exists() and layout.is_committed(entry):
+        if layout.is_committed(entry):
             remedy = "give each a --workdir"
             raise UserError(Problem(str(entry), "was saved by another run while this one trains", remedy))
         if entry.exists():
-            layout.abandon(self.directory, [entry], "no checkpoint, and stood in the way of one")
-
-    def _refuse_earlier(self, step: int) -> None:
-        if step == self._committed_step:
-            return
-        rule = f"step {step} would be saved behind step {self._committed_step}, and a restart would not find it"
-        remedy = "python -m jaxlm.checkpoint rewind moves later steps out of the way"
-        raise UserError(Problem(f"checkpoints in {self.directory}", rule, remedy))
+            layout.abandon(entry, "no checkpoint, and stood in the way of one")
 
 
 def _writing() -> ocp.Context:

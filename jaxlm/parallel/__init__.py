@@ -12,5 +12,5 @@ votes.py    what processes tell one another beside the steps: to leave, who is s
 hlo.py      a compiled step's text -> its collectives, by mesh axis
 describe.py the tables of layout.txt: collectives, parameters
 
-May import jaxlm.config and jax; knows no model. Start with rules.py.
+May import jaxlm.config, jaxlm.settings and jax; knows no model. Start with rules.py.
 """

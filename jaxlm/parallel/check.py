@@ -6,7 +6,8 @@ something else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxlm.config import MESH_AXES, Problem, UserError
@@ -55,53 +56,37 @@ def check_rules(layout: Layout) -> list[Problem]:
         if not holds:
             problems.append(Problem(f"mesh.rules: {written[dim]}", text, remedy))
 
-    for rule in written.values():
+    for dim, rule in written.items():
         for column in (rule.compute, rule.storage):
-            need(len(set(column)) == len(column), rule.dim, "uses a mesh axis twice", "name each axis once")
-        need(
-            rule.storage[: len(rule.compute)] == rule.compute,
-            rule.dim,
-            "what splits it in compute does not come first at rest",
-            "begin the second column with the first",
-        )
-    for dims in ACTIVATIONS:
-        used = {axis: [d for d in dims if axis in written[d].compute] for axis in MESH_AXES}
-        for axis, meet in used.items():
-            need(len(meet) < 2, meet[-1] if meet else dims[0], f"{axis} also splits {meet[:1]}", "use it once")
-    residual = [axis for axis in rules["residual"].compute if axis not in rules["seq"].compute]
-    seq = rules["seq"].compute
-    need(
-        rules["residual"].compute[: len(seq)] == seq, "residual", f"must begin as {written['seq']}", "add axes after it"
-    )
+            need(len(set(column)) == len(column), dim, "uses a mesh axis twice", "name each axis once")
+        text = "what splits it in compute does not come first at rest"
+        first = rule.storage[: len(rule.compute)]
+        need(first == rule.compute, dim, text, "begin the second column with the first")
+    for dims, axis in itertools.product(ACTIVATIONS, MESH_AXES):
+        meet = [dim for dim in dims if axis in written[dim].compute]
+        need(len(meet) < 2, (meet or dims)[-1], f"{axis} also splits {meet[:1]}", "use it once")
+    batch, seq, residual, heads = (rules[dim].compute for dim in ("batch", "seq", "residual", "heads"))
+    begins = residual[: len(seq)] == seq
+    need(begins, "residual", f"must begin as {written['seq']}", "add axes after it")
+    wider = [axis for axis in residual if axis not in seq]
     for dim in ("heads", "mlp", "vocab"):
-        text = f"residual is split over {'+'.join(residual)} as well, and {dim} is not"
-        need(set(residual) <= set(rules[dim].compute), dim, text, "split both over it, or neither")
-    need(
-        rules["heads"].compute == rules["kv_heads"].compute,
-        "kv_heads",
-        f"differs from {written['heads']}",
-        "keep both equal",
-    )
+        text = f"residual is split over {'+'.join(wider)} as well, and {dim} is not"
+        need(set(wider) <= set(rules[dim].compute), dim, text, "split both over it, or neither")
+    equal = heads == rules["kv_heads"].compute
+    need(equal, "kv_heads", f"differs from {written['heads']}", "keep both equal")
     for dim in ("embed", "head", "channel", "position"):
         need(not rules[dim].compute, dim, "products need it whole", "leave the first column empty")
-    rows = {*rules["batch"].compute, *seq}
-    for rule in rules.values():
-        text = "only embed and position rest split further than they compute: nothing gathers the others"
-        need(
-            rule.storage == rule.compute or rule.dim in ("embed", "position"), rule.dim, text, "make both columns equal"
-        )
+    for dim, rule in rules.items():
         only_stored = set(rule.storage) - set(rule.compute)
-        text = f"at rest it is split over {sorted(only_stored - rows)}, which splits neither batch nor seq"
-        need(only_stored <= rows, rule.dim, text, "use axes that split batch or seq")
-        staged = "pipeline" in (*rule.compute, *rule.storage)
-        need(
-            not staged or rule.dim in ("stage", "vocab"),
-            rule.dim,
-            "stages work on different rows",
-            "leave pipeline out",
-        )
+        gathered, odd = dim in ("embed", "position"), only_stored - {*batch, *seq}
+        text = "only embed and position rest split further than they compute: nothing gathers the others"
+        need(gathered or rule.storage == rule.compute, dim, text, "make both columns equal")
+        text = f"at rest it is split over {sorted(odd)}, which splits neither batch nor seq"
+        need(not odd, dim, text, "use axes that split batch or seq")
+        staged = "pipeline" in rule.compute + rule.storage and dim not in ("stage", "vocab")
+        need(not staged, dim, "stages work on different rows", "leave pipeline out")
     text = "a lookup trades rows for channels, over axes that do not split batch"
-    need(set(rules["embed"].storage) <= set(rules["batch"].compute), "embed", text, "use axes that split batch")
+    need(set(rules["embed"].storage) <= set(batch), "embed", text, "use axes that split batch")
     return problems
 
 
@@ -128,9 +113,8 @@ def _twice(layout: Layout, params: Mapping[str, Declared]) -> list[Problem]:
             layout.axes(param.dims, at="optimizer")
         except ValueError:
             rows = ", ".join(str(rule) for rule in layout.rules if rule.dim in param.dims and rule.storage)
-            problems.append(
-                Problem(f"mesh.rules: {rows}", f"use a mesh axis twice in {name}", "use each axis in one row")
-            )
+            text = f"use a mesh axis twice in {name}"
+            problems.append(Problem(f"mesh.rules: {rows}", text, "use each axis in one row"))
     return problems[:3]
 
 
@@ -142,12 +126,9 @@ def _replicated(layout: Layout, params: Mapping[str, Declared], most: float) -> 
         whole = {name: param.num_bytes for name, param in params.items() if name not in split}
         frac = sum(whole.values()) / total
         if layout.mesh.shape[axis] > 1 and frac > most and sum(whole.values()) > SMALL_BYTES:
-            text = f"{frac:.1%} of the parameters' bytes lie whole on every device of {axis}: {_largest(whole)}"
+            names = sorted(whole, key=lambda name: -whole[name])
+            largest = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            text = f"{frac:.1%} of the parameters' bytes lie whole on every device of {axis}: {largest}"
             remedy = "split them with a row in mesh.rules, or raise mesh.max_replicated_frac"
             problems.append(Problem(f"mesh.max_replicated_frac={most}", text, remedy))
     return problems
-
-
-def _largest(sizes: Mapping[str, int]) -> str:
-    names: Sequence[str] = sorted(sizes, key=lambda name: -sizes[name])
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.parallel.hlo import KINDS, Collective
 from jaxlm.parallel.rules import At, Layout
+from jaxlm.settings import columns
 
 
 def communication_bytes(found: Iterable[Collective]) -> int:
@@ -36,11 +37,11 @@ def _grouped(found: Iterable[Collective]) -> list[tuple[str, str, str, int]]:
 def collectives_table(found: Iterable[Collective]) -> str:
     """Plain text: executions and payload of a step on one device, by kind and mesh axes."""
     found = list(found)
-    rows = [(kind, over, count, bytes_text(size)) for kind, over, count, size in _grouped(found)]
-    lines = [("collective", "over", "times a step", "bytes a device"), *rows]
-    text = _aligned([*lines, ("all", "", f"{sum(c.times for c in found):,}", bytes_text(communication_bytes(found)))])
-    unknown = any(not c.is_counted for c in found)
-    return text + ("\n+: in a loop whose trip count is not known; one trip is counted" if unknown else "")
+    total = ("all", "", f"{sum(c.times for c in found):,}", communication_bytes(found))
+    rows = [(*names, bytes_text(size)) for *names, size in (*_grouped(found), total)]
+    text = _aligned([("collective", "over", "times a step", "bytes a device"), *rows])
+    known = all(c.is_counted for c in found)
+    return text + ("" if known else "\n+: in a loop whose trip count is not known; one trip is counted")
 
 
 def communication_summary(found: Iterable[Collective], *, shown: int = 3) -> str:
@@ -62,13 +63,12 @@ class Parameter:
     dtype: Any = np.float32
 
 
-def parameter_table(parameters: Iterable[Parameter], layout: Layout, *, optimizer_bytes: int) -> str:
+def parameter_table(parameters: Sequence[Parameter], layout: Layout, *, optimizer_bytes: int) -> str:
     """Plain text: how each parameter lies when computing and at rest, and its bytes on one device at rest.
 
     Layers with equal rows share one: `layers.*.attn.query x24`, with the bytes of all 24.
     optimizer_bytes: of the optimizer's state on one device.
     """
-    parameters = list(parameters)
     folds: dict[str, list[Parameter]] = defaultdict(list)
     for p in parameters:
         folds[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", p.name)].append(p)
@@ -95,17 +95,14 @@ def _layout_text(p: Parameter, layout: Layout, *, at: At) -> str:
     """Example: [1024@model, 768] computing, f32[1024@model, 768@fsdp] at rest; the model casts as it computes."""
     dims = zip(p.shape, _split(p, layout, at=at), strict=True)
     parts = [f"{size}@{'+'.join(axes)}" if axes else str(size) for size, axes in dims]
-    return f"{_short(p.dtype) if at != 'compute' else ''}[{', '.join(parts)}]"
+    dtype = np.dtype(p.dtype).name.replace("float", "f").replace("uint", "u").replace("int", "i")
+    return f"{dtype if at != 'compute' else ''}[{', '.join(parts)}]"
 
 
 def _bytes_at_rest(p: Parameter, layout: Layout) -> int:
     axes = _split(p, layout, at="params")
     sizes = (-(-size // math.prod(layout.mesh.shape[a] for a in names)) for size, names in zip(p.shape, axes))
     return math.prod(sizes) * np.dtype(p.dtype).itemsize
-
-
-def _short(dtype: Any) -> str:
-    return np.dtype(dtype).name.replace("float", "f").replace("uint", "u").replace("int", "i")
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -123,9 +120,6 @@ def bytes_text(size: int) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, the last one to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = (
-        "  ".join(cell.ljust(w) for cell, w in zip(row[:-1], widths)) + "  " + row[-1].rjust(widths[-1]) for row in rows
-    )
-    return "\n".join(lines)
+    """Columns under one another, the last one to the right."""
+    width = max(len(row[-1]) for row in rows)
+    return "\n".join(columns([(*row[:-1], row[-1].rjust(width)) for row in rows]))

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from jaxlm.config import Exit, Problem, UserError
@@ -28,6 +28,7 @@ from jaxlm.config import Exit, Problem, UserError
 BEATS = 5  # messages in heartbeat_s
 LEAVE_S = 1.0  # for the last words: of those whose main thread has an error of its own to print, and of `at_end`
 END = "the end of the run"
+CLOSED = "closed its connection, as a process does that was killed or failed"
 RERUN = "the same command on every host goes on from the newest checkpoint"
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -48,33 +49,49 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _line(message: dict) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+class _Line:
+    """One end of a connection, and when the other was heard last. process: at the other end, -1 while it has not said so."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float):
+        connection.settimeout(timeout_s)
+        self.connection, self.seen_s = connection, time.monotonic()
+        self.process, self.name = -1, ""
+        self._received, self._saying = b"", threading.Lock()
+
+    def say(self, message: dict) -> None:
+        with suppress(OSError), self._saying:  # who hears will notice what is wrong
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def hear(self) -> list[dict] | None:
+        """What was said, nothing after timeout_s; None where the other end is closed. Raises: ValueError on what is no JSON."""
+        try:
+            received = self.connection.recv(65536)
+        except TimeoutError:
+            return []
+        except OSError:
+            received = b""
+        if not received:
+            return None
+        self.seen_s, (*lines, self._received) = time.monotonic(), (self._received + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+@dataclass
+class _Question:
+    """A point that all processes have to reach, with what each says there."""
+
+    said: dict[int, Any]
+    end_s: float
 
 
 class _Hub(threading.Thread):
     """What process 0 runs for all: a thread that passes on what was said, and says who is missing or gone."""
 
-    @dataclass
-    class Member:
-        connection: socket.socket
-        name: str = ""
-        process: int = -1  # -1: has not said who it is
-        seen_s: float = field(default_factory=time.monotonic)
-        waiting: bytes = b""
-
-    @dataclass
-    class Question:
-        """A point that all processes have to reach, with what each says there."""
-
-        said: dict[int, Any]
-        end_s: float
-
     def __init__(self, listener: socket.socket, count: int, limits: Limits):
         super().__init__(name="gang hub", daemon=True)
         self._listener, self._count, self._limits = listener, count, limits
-        self._members: dict[int, _Hub.Member] = {}
-        self._questions: dict[str, _Hub.Question] = {"start": self.Question({}, time.monotonic() + limits.join_s)}
+        self._members: dict[int, _Line] = {}
+        self._questions = {"start": _Question({}, time.monotonic() + limits.join_s)}
         self.judges: dict[str, Callable[[list], Any]] = {"start": lambda names: names}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
@@ -100,45 +117,39 @@ class _Hub(threading.Thread):
         for key, _ in self._selector.select(self._limits.heartbeat_s / BEATS):
             if key.data is None:
                 connection, _ = self._listener.accept()
-                connection.settimeout(self._limits.heartbeat_s)
-                self._selector.register(connection, selectors.EVENT_READ, self.Member(connection))
+                self._selector.register(connection, selectors.EVENT_READ, _Line(connection, self._limits.heartbeat_s))
             else:
                 self._read(key.data)
 
     def _look_round(self) -> None:
         now = time.monotonic()
         for member in [*self._members.values()]:
-            self._send(member, {"kind": "beat"})
+            member.say({"kind": "beat"})
             if now - member.seen_s > self._limits.heartbeat_s:
                 self._gone(member, f"was silent for {now - member.seen_s:.0f} s")
         for at, question in [*self._questions.items()]:
             if now > question.end_s:
                 self._missing(at, question)
 
-    def _read(self, member: Member) -> None:
+    def _read(self, member: _Line) -> None:
         try:
-            received = member.connection.recv(65536)
-        except OSError:
-            received = b""
-        if not received:
-            self._gone(member, "closed its connection, as a process does that was killed or failed")
+            messages = member.hear()
+            for message in messages or ():
+                self._take(member, message)
+        except (ValueError, KeyError, TypeError):
+            if member.process >= 0:
+                raise
+            self._drop(member)  # a stranger on our port
             return
-        member.seen_s, (*lines, member.waiting) = time.monotonic(), (member.waiting + received).split(b"\n")
-        for line in lines:
-            try:
-                self._take(member, json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                if member.process >= 0:
-                    raise
-                self._drop(member)  # a stranger on our port
-                return
+        if messages is None:
+            self._gone(member, CLOSED)
 
-    def _take(self, member: Member, message: dict) -> None:
+    def _take(self, member: _Line, message: dict) -> None:
         if message["kind"] == "hello":
             self._welcome(member, message)
         elif message["kind"] == "say" and member.process >= 0:
             end_s = time.monotonic() + message["limit_s"]
-            question = self._questions.setdefault(message["at"], self.Question({}, end_s))
+            question = self._questions.setdefault(message["at"], _Question({}, end_s))
             question.said[member.process] = message["value"]
             self._answer(message["at"])
         elif message["kind"] == "left" and member.process >= 0:
@@ -146,14 +157,14 @@ class _Hub(threading.Thread):
         elif message["kind"] == "bye":
             self._drop(member)
 
-    def _welcome(self, member: Member, hello: dict) -> None:
+    def _welcome(self, member: _Line, hello: dict) -> None:
         process, count, name, why = int(hello["process"]), hello["count"], str(hello["name"]), ""
         if count != self._count:
             why = f"says that there are {count} processes, process 0 says {self._count}"
         elif process in self._members:
             why = f"is there already: {self._members[process].name}"
         if why:
-            self._send(member, {"kind": "refused", "why": f"process {process} ({name}) {why}"})
+            member.say({"kind": "refused", "why": f"process {process} ({name}) {why}"})
             self._drop(member)
             return
         member.process, member.name, self._members[process] = process, name, member
@@ -166,15 +177,15 @@ class _Hub(threading.Thread):
             del self._questions[at]
             value = self.judges.pop(at, lambda values: None)([said[i] for i in range(self._count)])
             for member in [*self._members.values()]:
-                self._send(member, {"kind": "answer", "at": at, "value": value})
+                member.say({"kind": "answer", "at": at, "value": value})
 
-    def _missing(self, at: str, question: Question) -> None:
+    def _missing(self, at: str, question: _Question) -> None:
         missing = [i for i in range(self._count) if i not in question.said]
         names = ", ".join(f"{i} ({self._members[i].name})" if i in self._members else str(i) for i in missing)
         why = f"{'process' if len(missing) == 1 else 'processes'} {names} of {self._count} did not come to: {at}"
         self._end_all({"kind": "missing", "at": at, "why": why})
 
-    def _gone(self, member: Member, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
+    def _gone(self, member: _Line, why: str, code: int = Exit.UNUSABLE, wait_s: float = 0.0) -> None:
         known = self._members.get(member.process) is member
         self._drop(member)
         if known:
@@ -185,13 +196,9 @@ class _Hub(threading.Thread):
         """Tells everybody, process 0, in which this thread runs, last."""
         self._questions.clear()
         for process in sorted(self._members, reverse=True):
-            self._send(self._members[process], message)
+            self._members[process].say(message)
 
-    def _send(self, member: Member, message: dict) -> None:
-        with suppress(OSError):  # reading from it will say what is wrong
-            member.connection.sendall(_line(message))
-
-    def _drop(self, member: Member) -> None:
+    def _drop(self, member: _Line) -> None:
         if self._members.get(member.process) is member:
             del self._members[member.process]
         with suppress(KeyError, ValueError, OSError):
@@ -213,7 +220,7 @@ class Gang:
         self.host, _, port = address.rpartition(":")
         self._port = int(port or 0)
         self._answers: dict[str, Any] = {}
-        self._heard, self._sending = threading.Condition(), threading.Lock()
+        self._heard = threading.Condition()
         self._asked: dict[str, int] = {}
         self._ending = self._closing = False
         self.at_end: list[Callable[[], None]] = []  # called before this process ends because of another
@@ -224,8 +231,8 @@ class Gang:
         self._hub = _Hub(self._listen(), self.count, self._limits) if self.process == 0 else None
         if self._hub:
             self._hub.start()
-        self._connection = self._connect()
-        self._send({"kind": "hello", "process": self.process, "count": self.count, "name": self._name})
+        self._line = self._connect()
+        self._line.say({"kind": "hello", "process": self.process, "count": self.count, "name": self._name})
         threading.Thread(target=self._listen_to_hub, name="gang", daemon=True).start()
         self.names = self._await("start", self._limits.join_s)
         return self
@@ -235,15 +242,15 @@ class Gang:
             return
         if error is None:
             self.settle(END)
-            self._send({"kind": "bye"})
-            self._leave_last()
-            return
-        if not isinstance(error, UserError):  # a collective fails when a peer dies: who it was is on its way
-            time.sleep(2 * LEAVE_S)
-        self._ending = True
-        said = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, UserError) else Exit.UNUSABLE
-        self._send({"kind": "left", "why": f"left: {str(said)[:2000]}", "code": code})
+            self._line.say({"kind": "bye"})
+        else:
+            if isinstance(error, UserError):
+                said, code = str(error.problems[0]), error.exit_code
+            else:  # a collective fails when a peer dies: who it was is on its way
+                said, code = f"{type(error).__name__}: {error}", Exit.UNUSABLE
+                time.sleep(2 * LEAVE_S)
+            self._ending = True
+            self._line.say({"kind": "left", "why": f"left: {said[:2000]}", "code": code})
         self._leave_last()
 
     def _leave_last(self) -> None:
@@ -266,7 +273,7 @@ class Gang:
         point = at if self._asked[at] == 1 else f"{at}, time {self._asked[at]}"
         if self._hub:
             self._hub.judges[point] = judge
-        self._send({"kind": "say", "at": point, "value": value, "limit_s": limit_s})
+        self._line.say({"kind": "say", "at": point, "value": value, "limit_s": limit_s})
         return self._await(point, limit_s)
 
     @contextmanager
@@ -277,18 +284,16 @@ class Gang:
             yield
         except UserError as raised:
             error = raised
-        said = error and {"code": error.exit_code, "problems": [[p.where, p.rule, p.remedy] for p in error.problems]}
+        said = error and [error.exit_code, *map(astuple, error.problems)]
         judge = lambda all_said: next(((i, s) for i, s in enumerate(all_said) if s), None)  # noqa: E731
         first = self.settle(what, said, judge, limit_s=limit_s)
-        if error is not None:
-            self._ending = True
-            raise error
         if first is not None:
             self._ending = True
-            process, said = first
+            if error is not None:
+                raise error
+            process, (code, *problems) = first
             who = f"process {process} ({self.names[process]}): "
-            problems = (Problem(who + where, rule, remedy) for where, rule, remedy in said["problems"])
-            raise UserError(*problems, exit_code=said["code"])
+            raise UserError(*(Problem(who + where, rule, remedy) for where, rule, remedy in problems), exit_code=code)
 
     def closes(self) -> None:
         """This process has an error of its own, and closes what is open before it leaves: others with the same error may be
@@ -296,34 +301,28 @@ class Gang:
         self._closing = True
 
     def _listen(self) -> socket.socket:
-        port, alone = self._port, self.host in LOOPBACK
+        alone = self.host in LOOPBACK
+        both = not alone and socket.has_dualstack_ipv6()
+        family, address = socket.AF_INET6 if both else socket.AF_INET, ("127.0.0.1" if alone else "", self._port)
         try:
-            if alone or not socket.has_dualstack_ipv6():
-                return socket.create_server(("127.0.0.1" if alone else "", port), backlog=1024)
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+            return socket.create_server(address, family=family, dualstack_ipv6=both, backlog=1024)
         except OSError as error:
-            where, remedy = f"process 0 at {self.host}:{port}", "choose another port, the same on every host"
-            raise UserError(
-                Problem(where, f"can't listen: {error.strerror}", remedy), exit_code=Exit.UNUSABLE
-            ) from error
+            rule, remedy = f"can't listen: {error.strerror}", "choose another port, the same on every host"
+            problem = Problem(f"process 0 at {self.host}:{self._port}", rule, remedy)
+            raise UserError(problem, exit_code=Exit.UNUSABLE) from error
 
-    def _connect(self) -> socket.socket:
+    def _connect(self) -> _Line:
         end_s, reason = time.monotonic() + self._limits.join_s, "no answer"
+        address, limit_s = (self.host.strip("[]"), self._port), min(5.0, self._limits.join_s)
         while time.monotonic() < end_s:
             try:
-                return socket.create_connection(
-                    (self.host.strip("[]"), self._port), timeout=min(5.0, self._limits.join_s)
-                )
+                return _Line(socket.create_connection(address, limit_s), self._limits.heartbeat_s / BEATS)
             except OSError as error:  # it may not have started yet, nor its name be known
                 reason = str(error)
                 time.sleep(0.2)
         rule = f"can't be reached in {self._limits.join_s:.0f} s: {reason}"
         remedy = "start process 0 there, give every process the same address, and let the port through"
         raise UserError(Problem(f"process 0 at {self.host}:{self._port}", rule, remedy), exit_code=Exit.UNUSABLE)
-
-    def _send(self, message: dict) -> None:
-        with suppress(OSError), self._sending:  # the thread that reads will say what is wrong
-            self._connection.sendall(_line(message))
 
     def _await(self, at: str, limit_s: float) -> Any:
         with self._heard:
@@ -332,39 +331,30 @@ class Gang:
         if answer["kind"] == "answer":
             return answer["value"]
         self._ending = True
+        remedy = f"see its output; {RERUN}"
         if answer["kind"] == "refused":
-            rule, remedy = answer["why"], "start each process once, with a number of its own and the same count"
+            remedy = "start each process once, with a number of its own and the same count"
         elif at == "start":
-            rule, remedy = answer["why"], "see their output; every process needs the same address and count"
-        else:
-            rule, remedy = answer["why"], f"see its output; {RERUN}"
+            remedy = "see their output; every process needs the same address and count"
         where = f"process {self.process} of {self.count}, process 0 at {self.host}:{self._port}"
-        raise UserError(Problem(where, rule, remedy), exit_code=Exit.UNUSABLE)
+        raise UserError(Problem(where, answer["why"], remedy), exit_code=Exit.UNUSABLE)
 
     def _listen_to_hub(self) -> None:
         """Hears what process 0 says, and says that this process is alive."""
-        self._connection.settimeout(self._limits.heartbeat_s / BEATS)
-        waiting, seen_s, said_s = b"", time.monotonic(), 0.0
-        zero = "process 0" + (f" ({self.host})" if self.host else "")
+        said_s, zero = 0.0, "process 0" + (f" ({self.host})" if self.host else "")
         while not self._ending:
-            now = time.monotonic()
-            if now - said_s > self._limits.heartbeat_s / BEATS:
-                said_s = now
-                self._send({"kind": "beat"})
-            try:
-                received = self._connection.recv(65536)
-            except TimeoutError:
-                if time.monotonic() - seen_s > self._limits.heartbeat_s:
-                    self._end(zero, f"was silent for {time.monotonic() - seen_s:.0f} s")
-                continue
-            except OSError:
-                received = b""
-            if not received:
+            if time.monotonic() - said_s > self._limits.heartbeat_s / BEATS:
+                said_s = time.monotonic()
+                self._line.say({"kind": "beat"})
+            messages = self._line.hear()
+            if messages is None:
                 if not self._closing:  # jax's service is gone too, and ends who waits for it
-                    self._end(zero, "closed its connection, as a process does that was killed or failed")
+                    self._end(zero, CLOSED)
                 return
-            seen_s, (*lines, waiting) = time.monotonic(), (waiting + received).split(b"\n")
-            for message in map(json.loads, lines):
+            silent_s = time.monotonic() - self._line.seen_s
+            if silent_s > self._limits.heartbeat_s:
+                self._end(zero, f"was silent for {silent_s:.0f} s")
+            for message in messages:
                 if message["kind"] == "gone":
                     self._end(message["who"], message["why"], message["code"], message["wait_s"])
                 elif message["kind"] != "beat":
@@ -392,3 +382,6 @@ class Gang:
             sys.stdout.flush()
         self._leave_last()
         os._exit(code)
+
+
+SOLO = Gang(0, 1, "", name="", limits=Limits())  # of a run of one process

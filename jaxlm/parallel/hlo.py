@@ -21,15 +21,13 @@ class Collective:
     axes: mesh axes above 1 that it runs over, in mesh order; ("?",) where its groups are no grid of whole axes.
     bytes: payload of one execution: the larger of all operands and all results, so an all-gather counts what it
       makes and a reduce-scatter what it takes.   times: executions a step; every branch of a conditional counts.
-    where: the operation of the source.   is_counted: false if it lies in a loop whose trip count XLA does not tell;
-      `times` then holds one trip of that loop.
+    is_counted: false if it lies in a loop whose trip count XLA does not tell; `times` then holds one trip of that loop.
     """
 
     kind: str
     axes: tuple[str, ...]
     bytes: int
     times: int
-    where: str
     is_counted: bool = True
 
 
@@ -66,8 +64,7 @@ def collectives(hlo_text: str, mesh: Mesh) -> list[Collective]:
                 # what an asynchronous start returns holds operands and contexts too: its end tells the result
                 result = results.get(i.name, i.shape)
                 sent = sum(_shape_bytes(shapes.get(operand, "")) for operand in _operands(i))
-                size = max(sent, _shape_bytes(result))
-                found.append(Collective(kind, axes, size, times, _where(i.rest), is_counted))
+                found.append(Collective(kind, axes, max(sent, _shape_bytes(result)), times, is_counted))
     return found
 
 
@@ -121,25 +118,17 @@ def _shape_bytes(shape: str) -> int:
     total = 0
     for kind, bits, dims in re.findall(r"([a-z]+)(\d*)\w*\[([\d,<=]*)\]", shape):
         width = int(bits or (8 if kind == "pred" else 0))  # tokens have none
-        total += -(-width * math.prod(int(d) for d in re.findall(r"\d+", dims)) // 8)
+        total += -(-width * math.prod(_numbers(dims)) // 8)
     return total
-
-
-def _where(rest: str) -> str:
-    """The source's name of an operation without what the tracer wraps around every name."""
-    match = re.search(r'op_name="([^"]*)"', rest)
-    parts = match[1].split("/") if match else []
-    wrappers = ("while", "body", "closed_call", "eval_jaxpr", "shard_map")
-    return "/".join(part for i, part in enumerate(parts) if part not in wrappers and not (i == 0 and "jit(" in part))
 
 
 def _axes(kind: str, rest: str, mesh: Mesh) -> tuple[str, ...]:
     """Mesh axes a collective runs over; empty if nothing leaves a device."""
     is_permute = kind == "collective-permute"
-    groups = np.asarray(_pairs(rest)) if is_permute else _groups(kind, rest, mesh.size)
-    if isinstance(groups, np.ndarray) and (groups.size == 0 or groups.shape[1] == 1):
+    groups = _pairs(rest) if is_permute else _groups(kind, rest, mesh.size)
+    if groups is not None and (groups.size == 0 or groups.shape[1] == 1):
         return ()
-    if not isinstance(groups, np.ndarray) or groups.max() >= mesh.size:
+    if groups is None or groups.max() >= mesh.size:
         return (UNKNOWN,)
     places = np.stack(np.unravel_index(groups, mesh.devices.shape))  # [axis, group, member]
     differs = (places != places[:, :, :1]).any(axis=(1, 2))
@@ -149,11 +138,10 @@ def _axes(kind: str, rest: str, mesh: Mesh) -> tuple[str, ...]:
     return axes if is_permute or is_grid else (UNKNOWN,)
 
 
-def _pairs(rest: str) -> list[tuple[int, int]]:
-    """Source and target of each message of a collective-permute; one that stays on its device crosses no axis."""
-    match = re.search(r"source_target_pairs=\{((?:\{\d+, ?\d+\}(?:, ?)?)*)\}", rest)
-    pairs = re.findall(r"(\d+), ?(\d+)", match[1]) if match else []
-    return [(int(source), int(target)) for source, target in pairs]
+def _pairs(rest: str) -> np.ndarray:
+    """Source and target of each message of a collective-permute, i64[message, 2]; one that stays at home crosses no axis."""
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+, ?\d+\}(?:, ?)?)*)\}", rest)
+    return np.asarray(_numbers(pairs[1]) if pairs else []).reshape(-1, 2)
 
 
 def _groups(kind: str, rest: str, num_devices: int) -> np.ndarray | None:
@@ -167,7 +155,7 @@ def _groups(kind: str, rest: str, num_devices: int) -> np.ndarray | None:
     if not is_global or attributes.startswith("replica_groups={}"):
         return np.arange(num_devices)[None]
     if match := re.match(r"replica_groups=\{(\{[\d, ]*\}(?:, ?\{[\d, ]*\})*)\}", attributes):
-        groups = [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match[1])]
+        groups = [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", match[1])]
         return np.asarray(groups) if len({len(group) for group in groups}) == 1 else None
     if match := re.match(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return _iota(match[2]).reshape(_numbers(match[1]))
@@ -198,13 +186,11 @@ def _mesh_groups(axes: str, device_ids: str | None, over: str) -> np.ndarray:
 
 def _iota(text: str) -> np.ndarray:
     """Ids in the notation [4,2]T(1,0), an iota of that shape transposed, or listed as they are: 0,2,1,3."""
-    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not match:
+    if not text.startswith("["):
         return np.asarray(_numbers(text))
-    shape = _numbers(match[1])
-    order = _numbers(match[2]) if match[2] else range(len(shape))
-    return np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()
+    shape, order = map(_numbers, text.partition("T")[::2])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape))).ravel()
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [int(number) for number in re.findall(r"\d+", text)]

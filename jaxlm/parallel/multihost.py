@@ -57,10 +57,8 @@ class Launcher:
 
 def _slurm_address(env: Mapping[str, str]) -> str:
     """The first host of the step, and an even port by job and step: the one after it is jax's."""
-    hosts = re.match(
-        r"(?:[^,[]|\[[^]]*\])*", env["SLURM_STEP_NODELIST"]
-    )  # rack[1-2]node[01,03],x1: up to the comma outside
-    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", hosts[0] if hosts else "")
+    # rack[1-2]node[01,03],x1: of each bracket its first number, of the rest what comes before a comma
+    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", env["SLURM_STEP_NODELIST"]).partition(",")[0]
     return f"{first}:{61440 + (int(env['SLURM_JOB_ID']) * 16 + int(env.get('SLURM_STEP_ID', 0))) * 2 % 4096}"
 
 
@@ -82,11 +80,9 @@ def _ompi_local(env: Mapping[str, str]) -> tuple[int, int, bool]:
     return int(env["OMPI_COMM_WORLD_LOCAL_RANK"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]), False
 
 
-LAUNCHERS = (
+LAUNCHERS = (  # the innermost first: SLURM may start Open MPI
     Launcher("the environment", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-    Launcher(
-        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ompi_address, _ompi_local
-    ),  # SLURM may start it
+    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ompi_address, _ompi_local),
     Launcher("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", _slurm_address, _slurm_local),
     Launcher("Kubernetes", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"),  # scripts/kubernetes.yaml sets the first
 )
@@ -109,7 +105,7 @@ def find_place(
     own = tuple(map(int, ids.split(","))) if ids else None
     address, found = address or env.get("JAX_COORDINATOR_ADDRESS", ""), "the command line"
     if not count and process < 0:
-        launcher = next((x for x in LAUNCHERS if x.process in env), None)  # the innermost, be it of one process
+        launcher = next((x for x in LAUNCHERS if x.process in env), None)
         if launcher is None or int(env.get(launcher.count, 1)) == 1:
             return Place(gpus=own)
         count, process, found = int(env[launcher.count]), int(env[launcher.process]), launcher.name
@@ -117,19 +113,14 @@ def find_place(
         address = address or launcher.address(env)
         if beside == count:
             address = f"127.0.0.1:{address.rpartition(':')[2] or PORT}"
-        if own is None and not bound:
-            own = _share(number, beside, len(visible_gpus(env)) if gpus is None else gpus)
+        each = (len(visible_gpus(env)) if gpus is None else gpus) // beside
+        if own is None and not bound and beside > 1 and each > 0:
+            own = tuple(range(number * each, (number + 1) * each))
     if not 0 <= process < count or (count > 1 and not re.fullmatch(r".+:\d+", address)):
         rule = f"{found} says process {process} of {count}, process 0 at {address or 'no address'}"
         remedy = "say all three: --coordinator HOST:PORT --processes N --process I, I from 0 to N - 1"
         raise UserError(Problem("processes", rule, remedy))
     return Place(process, count, address, found, own)
-
-
-def _share(number: int, beside: int, gpus: int) -> tuple[int, ...] | None:
-    """The GPUs of process `number` of the `beside` on a host that all see `gpus`; None: those it sees, as it was bound."""
-    each = gpus // beside
-    return tuple(range(number * each, (number + 1) * each)) if beside > 1 and each > 0 else None
 
 
 def visible_gpus(env: Mapping[str, str] = os.environ) -> list[str]:
@@ -181,9 +172,14 @@ def agree(gang: Gang, facts: Mapping[str, Any]) -> None:
 
     Raises: UserError (exit code 3), in each, with a table of what differs: whose, theirs, everybody else's.
     """
+
+    def named(processes: Sequence[int]) -> str:
+        more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+        return "; ".join(f"{i} ({gang.names[i]})" for i in processes[:4]) + more
+
     rows = gang.settle("agreement", facts, differences)
     if rows:
-        shown = [f"{key}: {odd} on {_named(gang, who)}, {usual} on the others" for key, who, odd, usual in rows]
+        shown = [f"{key}: {odd} on process {named(who)}, {usual} on the others" for key, who, odd, usual in rows]
         rule = "\n    ".join(["they would compute something else than the others:", *shown])
         remedy = "start every process with the same command, packages and data"
         raise UserError(Problem(f"{gang.count} processes", rule, remedy), exit_code=Exit.UNUSABLE)
@@ -195,17 +191,10 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int]
     for key in dict.fromkeys(key for each in facts for key in each):
         said = [json.dumps(each.get(key), sort_keys=True) for each in facts]
         usual = Counter(said).most_common(1)[0][0]
-        odd = defaultdict[str, list[int]](list)
-        for process, value in enumerate(said):
-            if value != usual:
-                odd[value].append(process)
-        rows += [(key, who, value, usual) for value, who in odd.items()]
+        for odd in dict.fromkeys(said):
+            if odd != usual:
+                rows.append((key, [process for process, value in enumerate(said) if value == odd], odd, usual))
     return rows
-
-
-def _named(gang: Gang, processes: Sequence[int]) -> str:
-    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
-    return "process " + "; ".join(f"{i} ({gang.names[i]})" for i in processes[:4]) + more
 
 
 def check_devices(gang: Gang) -> None:

@@ -24,8 +24,8 @@ class Votes:
         self._num_values, self._last = num_values, None
         mesh = Mesh(np.asarray(jax.devices()), ("device",))
         self._spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("device",), ()))
-        self._first = [min(d.id for d in jax.devices() if d.process_index == i) for i in range(jax.process_count())]
-        self._rows = [[d.id for d in jax.devices()].index(i) for i in self._first]
+        owners = [device.process_index for device in jax.devices()]
+        self._rows = [owners.index(process) for process in range(jax.process_count())]
         self._gather = jax.jit(lambda table: table, out_shardings=whole)
 
     def cast(self, values: Sequence[float]) -> np.ndarray | None:
@@ -87,18 +87,23 @@ class Asked:
         return found, text + f"and in Python, where half of all take {usual_s:.3g} or less"
 
 
+def fastest_s(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Seconds of the fastest of six runs, the first of which compiles."""
+    times_s = []
+    for _ in range(6):
+        begin_s = time.monotonic()
+        jax.block_until_ready(run(x))
+        times_s.append(time.monotonic() - begin_s)
+    return min(times_s)
+
+
 def slow_devices(gang: Gang, *, width: int = 4096) -> str:
     """What to say of a process with a device that multiplies a tenth slower than the median process's slowest."""
     mesh, split = Mesh(np.asarray(jax.devices()), ("device",)), PartitionSpec("device")
     place = NamedSharding(mesh, split)
     ones = jax.jit(lambda: jnp.ones((jax.device_count(), width, width), jnp.bfloat16), out_shardings=place)
     product = jax.jit(jax.shard_map(lambda x: x @ x @ x @ x @ x, mesh=mesh, in_specs=split, out_specs=split))
-    x, times_s = ones(), []
-    for _ in range(6):
-        begin_s = time.monotonic()
-        jax.block_until_ready(product(x))  # no device waits for another
-        times_s.append(time.monotonic() - begin_s)
-    all_s = gang.settle("how fast devices are", min(times_s), list)
+    all_s = gang.settle("how fast devices are", fastest_s(product, ones()), list)  # no device waits for another
     worst, usual_s = int(np.argmax(all_s)), float(np.median(all_s))
     slower = f"a device that takes {all_s[worst] / usual_s:.2f} times as long as others for a product of matrices"
     return f"process {worst} ({gang.names[worst]}) has {slower}" if all_s[worst] > 1.1 * usual_s else ""

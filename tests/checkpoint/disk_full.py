@@ -6,7 +6,7 @@ import sys
 
 from closed_form import abstract, make_state, same
 
-from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.layout import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 
 

@@ -5,7 +5,7 @@ import time
 
 from closed_form import abstract, make_state, next_state, same
 
-from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.layout import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 
 WIDTH = 2**20  # 16 MiB of state: most of the time a save is in flight

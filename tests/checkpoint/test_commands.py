@@ -10,11 +10,12 @@ import pytest
 from closed_form import abstract
 from test_damage import flip, kinds, offset_of
 
-from jaxlm.checkpoint import examine, manifest
+from jaxlm.checkpoint import __main__ as commands
+from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.__main__ import COMMANDS, main
+from jaxlm.checkpoint.layout import Retention
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.restore import restore, restore_latest_good
-from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
 
@@ -92,7 +93,7 @@ def test_list_says_what_there_is_and_why_it_is_kept(workdir, capsys):
 
 
 def test_verify_names_the_array_and_the_file_that_are_bad(workdir, capsys, monkeypatch):
-    monkeypatch.setattr(examine, "BATCH_BYTES", 8192)  # the kernel alone has 16 kB: more than one batch
+    monkeypatch.setattr(commands, "BATCH_BYTES", 8192)  # the kernel alone has 16 kB: more than one batch
     assert run(capsys, "verify", workdir, "--json") == (
         0,
         json.dumps({str(step): [] for step in SAVED}, indent=1) + "\n",

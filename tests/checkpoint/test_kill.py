@@ -11,9 +11,8 @@ import pytest
 from closed_form import abstract, make_state, same
 from killer import WIDTH
 
-from jaxlm.checkpoint.layout import LEFTOVER, committed_steps
+from jaxlm.checkpoint.layout import LEFTOVER, Retention, committed_steps
 from jaxlm.checkpoint.restore import restore
-from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 
 HERE = Path(__file__).resolve().parent

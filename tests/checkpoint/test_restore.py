@@ -14,9 +14,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.checkpoint import restore as restore_module
-from jaxlm.checkpoint.layout import name_leaves
+from jaxlm.checkpoint.layout import Retention, name_leaves
 from jaxlm.checkpoint.restore import restore, restore_latest_good
-from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError
 

@@ -17,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.checkpoint import space
-from jaxlm.checkpoint.layout import committed_steps
+from jaxlm.checkpoint.layout import Retention, committed_steps
 from jaxlm.checkpoint.restore import restore
-from jaxlm.checkpoint.retention import Retention
 from jaxlm.checkpoint.space import shortages
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import UserError

@@ -17,8 +17,7 @@ from absl import logging as absl_logging
 from closed_form import abstract, make_state, next_state, same
 
 from jaxlm.checkpoint import checksum, store
-from jaxlm.checkpoint.layout import committed_steps
-from jaxlm.checkpoint.retention import Retention
+from jaxlm.checkpoint.layout import Retention, committed_steps
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Exit, UserError
 from jaxlm.parallel.gang import free_port
