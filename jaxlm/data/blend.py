@@ -31,42 +31,46 @@ class Greedy:
         self._counting = threading.RLock()
         self.block = functools.lru_cache(maxsize=4)(self._block)
 
-    def counts(self, block: int) -> np.ndarray:
-        """Samples of each source before a block, int64[sources]."""
-        if block and not self._exact:
-            return self._sizes(0) * block
-        with self._counting:
-            while len(self._counts) <= block:
-                self._counts.append(self._counts[-1] + self._sizes(len(self._counts) - 1))
-        return self._counts[block]
+    def pick(self, index: int) -> tuple[int, int]:
+        """The source of a sample, and its number there."""
+        rounds, block, place = self._place(index)
+        picks, numbers = self.block(block)
+        k = picks[place]
+        return k, numbers[place] + (rounds * self._before(1)[k] if rounds else 0)
 
     def before(self, index: int) -> np.ndarray:
         """Samples of each source before sample `index`, int64[sources]."""
-        block, rest = divmod(index, BLOCK)
-        return self.counts(block) + np.bincount(self.block(block)[0][:rest], minlength=len(self.weights))
+        rounds, block, place = self._place(index)
+        begun = np.bincount(self.block(block)[0][:place], minlength=len(self.weights))
+        return self._before(block) + begun + (rounds * self._before(1) if rounds else 0)
 
-    def _sizes(self, block: int) -> np.ndarray:
-        return np.bincount(self.block(block)[0], minlength=len(self.weights))
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """(how often the rule began anew, block since then, place in the block) of a sample."""
+        block, place = divmod(index, BLOCK)
+        return (0, block, place) if self._exact else (block, 0, place)
+
+    def _before(self, block: int) -> np.ndarray:
+        """Samples of each source before a block, int64[sources]."""
+        with self._counting:
+            while len(self._counts) <= block:
+                picks, _ = self.block(len(self._counts) - 1)
+                self._counts.append(self._counts[-1] + np.bincount(picks, minlength=len(self.weights)))
+        return self._counts[block]
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each sample in a block: its source, int64[BLOCK], and how many of that source the block has before it."""
-        if block and not self._exact:
-            return self.block(0)
-        counts, first = self.counts(block).tolist(), block * BLOCK
+        """Of each sample in a block since the rule began: its source and its number there, int64[BLOCK] each."""
+        counts, first = self._before(block).tolist(), block * BLOCK
         weights = [(k, weight) for k, weight in enumerate(self.weights) if weight > 0 or self._exact]
-        picks, ranks = np.empty((2, BLOCK), np.int64)
+        picks, numbers = np.empty((2, BLOCK), np.int64)
         for i in range(BLOCK):
             at, best, most = float(max(first + i, 1)), 0, float("-inf")
             for k, weight in weights:
                 lag = weight * at - counts[k]
                 if lag > most:
                     best, most = k, lag
-            picks[i] = best
+            picks[i], numbers[i] = best, counts[best]
             counts[best] += 1
-        for k in range(len(counts)):
-            mine = np.flatnonzero(picks == k)
-            ranks[mine] = np.arange(len(mine))
-        return picks, ranks
+        return picks, numbers
 
 
 class Blend:
@@ -92,10 +96,8 @@ class Blend:
         which, numbers = np.empty((2, len(indices)), np.int64)
         for row, index in enumerate(np.asarray(indices).tolist()):
             phase = bisect.bisect_right(self._firsts, index) - 1
-            block, place = divmod(index - self._firsts[phase], BLOCK)
-            picks, ranks = self._rules[phase].block(block)
-            k = which[row] = picks[place]
-            numbers[row] = self._before[phase][k] + self._rules[phase].counts(block)[k] + ranks[place]
+            which[row], number = self._rules[phase].pick(index - self._firsts[phase])
+            numbers[row] = self._before[phase][which[row]] + number
         return which, numbers
 
     def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
