@@ -85,16 +85,23 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
     directory = Path(directory).absolute()
     if step is None and (found := restore_latest_good(directory, abstract, part=part)) is not None:
         return found
+    path = step_path(directory, step)
+    try:
+        return _load(path, abstract, part)
+    except Damage as damage:
+        steps = ", ".join(map(str, committed_steps(directory)))
+        remedy = f"it has steps {steps}; python -m jaxlm.checkpoint verify says which are sound"
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
+
+
+def step_path(directory: Path, step: int | None) -> Path:
+    """Where a step of `directory` lies.   Raises: UserError (exit code 3) naming those it has if it has not this one."""
     steps = committed_steps(directory)
     if step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
         raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
-    try:
-        return _load(directory / str(step), abstract, part)
-    except Damage as damage:
-        remedy = f"it has steps {', '.join(map(str, steps))}; python -m jaxlm.checkpoint verify says which are sound"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
+    return directory / str(step)
 
 
 def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
