@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ from jaxlm.parallel.gang import SOLO, Gang
 from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
-
-T = TypeVar("T")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
 
@@ -160,7 +158,7 @@ def _load(path: Path, abstract: Any, part: str, gang: Gang = SOLO) -> Restored:
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
 
 
-def _everywhere(gang: Gang, path: Path, read: Callable[[], T]) -> T:
+def _everywhere(gang: Gang, path: Path, read: Callable[[], Any]) -> Any:
     """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
     result, damage = None, None
     try:
@@ -170,7 +168,7 @@ def _everywhere(gang: Gang, path: Path, read: Callable[[], T]) -> T:
     damaged = gang.settle(f"reading {path}", damage is not None, lambda each: [i for i, bad in enumerate(each) if bad])
     if damaged:
         raise damage or Damage(path, f"process {damaged[0]} ({gang.names[damaged[0]]}) found it damaged")
-    return cast(T, result)
+    return result
 
 
 def _as_exported(wanted: Any, saved: Any) -> Any:
