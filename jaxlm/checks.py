@@ -14,11 +14,7 @@ APPLIES = (
         (f"pipeline.{key}", lambda c: c.mesh.pipeline != 1, "mesh.pipeline above 1")
         for key in ("schedule", "microbatches", "repeats", "stage_layers", "in_place")
     ),
-    (
-        "pipeline.in_place",
-        lambda c: c.pipeline.schedule == "1f1b",
-        "pipeline.schedule=1f1b: others keep all activations",
-    ),
+    ("pipeline.in_place", lambda c: c.pipeline.schedule == "1f1b", "pipeline.schedule=1f1b: others keep all"),
     ("model.scan_layers", lambda c: c.mesh.pipeline == 1, "mesh.pipeline=1"),
     ("model.rope_theta", lambda c: c.model.position == "rope", "model.position=rope"),
     ("mesh.context_method", lambda c: c.mesh.context != 1, "mesh.context other than 1"),
@@ -47,7 +43,7 @@ AT_LEAST = {
     "model.vocab_size": 0, "model.vocab_multiple": 1, "model.num_layers": 1, "model.embed_dim": 1, "model.num_heads": 1,
     "model.num_kv_heads": 1, "model.head_dim": 1, "model.mlp_dim": 1, "model.max_seq_len": 1, "model.init_std": 0,
     "model.norm_eps": 0, "train.num_steps": 1, "train.batch_size": 1, "train.seq_len": 1, "train.accumulate": 1,
-    "train.seed": 0, "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 0,
+    "train.eval_every": 0, "train.eval_batches": 0, "train.z_loss": 0, "train.loss_chunk_tokens": 0,
     "train.max_nonfinite_steps": 1, "train.skip_spikes": 0, "train.watchdog_s": -1, "train.preempt_grace_s": 0,
     "train.sdc_check_every": 0, "optim.warmup_steps": 0, "optim.decay_steps": 0, "optim.weight_decay": 0,
     "optim.eps": 0, "optim.clip_norm": 0, "data.prefetch": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 1,
@@ -56,14 +52,11 @@ AT_LEAST = {
     "log.every_steps": 1, "log.sample_tokens": 0, "pipeline.microbatches": 0, "pipeline.repeats": 1,
 }  # fmt: skip
 
-# key -> (above, below): above < value < below
-BETWEEN = {"optim.peak_lr": (0, float("inf")), "model.rope_theta": (1, float("inf")), "train.seed": (-1, 2**63)}
-
-# key -> (low, high, high is allowed)
+# key -> the interval of its values: a square bracket stands where the end itself is allowed
 WITHIN = {
-    "model.dropout": (0, 1, False), "optim.beta1": (0, 1, False), "optim.beta2": (0, 1, False),
-    "optim.final_lr_frac": (0, 1, True), "mesh.max_replicated_frac": (0, 1, True), "mesh.zero": (1, 3, True),
-    "data.fim_rate": (0, 1, True), "data.fim_spm_rate": (0, 1, True),
+    "optim.peak_lr": "(0, inf)", "model.rope_theta": "(1, inf)", "train.seed": f"[0, {2**63})", "model.dropout": "[0, 1)",
+    "optim.beta1": "[0, 1)", "optim.beta2": "[0, 1)", "optim.final_lr_frac": "[0, 1]", "mesh.max_replicated_frac": "[0, 1]",
+    "mesh.zero": "[1, 3]", "data.fim_rate": "[0, 1]", "data.fim_spm_rate": "[0, 1]",
 }  # fmt: skip
 
 
@@ -85,13 +78,10 @@ def check(config: Config) -> list[Problem]:
     for path, low in AT_LEAST.items():
         value = get(config, path)
         rule(value >= low, path, f"must be at least {low}", f"use {low} or more")
-    for path, (above, below) in BETWEEN.items():
-        rule(above < get(config, path) < below, path, f"must lie between {above} and {below}", "choose a value inside")
-    for path, (low, high, closed) in WITHIN.items():
-        value = get(config, path)
-        bracket = "]" if closed else ")"
-        holds = low <= value < high or (closed and value == high)
-        rule(holds, path, f"must lie in [{low}, {high}{bracket}", "choose a value inside")
+    for path, interval in WITHIN.items():
+        value, (low, high) = get(config, path), map(float, interval[1:-1].split(","))
+        holds = low < value < high or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+        rule(holds, path, f"must lie in {interval}", "choose a value inside")
     divisors = ("model.embed_dim=", "model.num_heads=", "model.num_kv_heads=", "train.accumulate=")
     if any(problem.where.startswith(divisors) for problem in problems):
         return problems  # the rules below divide by these
@@ -164,6 +154,8 @@ def _check_data(config: Config, rule: Any) -> None:
     rule(2 <= len(d.split) <= 3 and all(share >= 0 for share in d.split) and d.split[0] > 0, "data.split",
          "must be two or three shares, the first above 0: training, evaluation, kept apart",
          "use for example 0.95,0.05")  # fmt: skip
+    rule(t.eval_every == 0 or bool(d.eval) or d.split[1:2] != (0,), "train.eval_every", "no text is held out",
+         "raise data.split's second share, name data.eval, or set it to 0")  # fmt: skip
     grows = len(ramp) == 3 and 0 < ramp[0] <= t.batch_size and ramp[1] > 0 <= ramp[2]
     rule(not ramp or (grows and (t.batch_size - ramp[0]) % ramp[1] == 0 == t.batch_unit % t.accumulate), "train.batch_ramp",
          f"is not START,INCREMENT,SAMPLES that reaches train.batch_size={t.batch_size} in whole increments, of rows that "

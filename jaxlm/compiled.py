@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.data.loader import Loader
 from jaxlm.feed import abstract_batch
 from jaxlm.parallel.describe import bytes_a_device
 from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.parallel.replicas import rehearse
-from jaxlm.step import Program, StepMetrics, TrainState, all_finite, compile_eval, compile_step
+from jaxlm.step import Program, StepMetrics, TrainState, compile_eval, compile_step
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ def build(
         return steps[shape](state, batch)
 
     return Compiled(by_shape, evaluate, finite, time.monotonic() - begin, max(known, default=None), found)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def memory_bytes(compiled: Any, *, beside: int = 0) -> int | None:

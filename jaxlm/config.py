@@ -22,9 +22,7 @@ def setting(default: Any, doc: str) -> Any:
 class ModelConfig:
     preset: str | None = setting(None, "published size to start from, e.g. gpt2-124m (jaxlm/models/presets.py)")
     vocab_size: int = setting(0, "token ids the model knows (0: the tokenizer's)")
-    vocab_multiple: int = setting(
-        128, "the embedding's rows are padded to a multiple of this; padded logits are masked"
-    )
+    vocab_multiple: int = setting(128, "the embedding's rows are padded to a multiple of this, their logits masked")
     num_layers: int = setting(12, "transformer blocks")
     embed_dim: int = setting(768, "model width")
     num_heads: int = setting(12, "query heads")
@@ -41,12 +39,8 @@ class ModelConfig:
     use_bias: bool = setting(True, "bias vectors in attention and MLP")
     tie_embeddings: bool = setting(True, "the head is the token embedding")
     dropout: float = setting(0.0, "probability of zeroing: embeddings, attention weights, both branches' outputs")
-    init_std: float = setting(
-        0.02, "standard deviation of initial weights; projections into the residual get /sqrt(2*layers)"
-    )
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "compute dtype; parameters and optimizer state stay float32"
-    )
+    init_std: float = setting(0.02, "standard deviation of initial weights; into the residual, over sqrt(2*layers)")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of computation; parameters and optimizer stay float32")
     attention: Literal["auto", "xla", "cudnn"] = setting("auto", "attention kernel; auto logs what it took and why")
     activation_kernel: Literal["auto", "xla", "pallas", "hopper"] = setting(
         "auto",
@@ -58,9 +52,7 @@ class ModelConfig:
     loss_kernel: Literal["auto", "xla", "pallas"] = setting(
         "auto", "cross entropy's kernel; pallas reads logits once; auto logs what it took and why"
     )
-    scan_layers: bool = setting(
-        False, "one compiled block looped over layers: compiles faster, runs 10-30 % slower on a GPU"
-    )
+    scan_layers: bool = setting(False, "a compiled block looped over layers: compiles faster, 10-30 % slower on a GPU")
     remat: str = setting(
         "none",
         "none | full | name=keep,name=offload,...: what backward reuses, unnamed is recomputed; auto: the fastest that fits",
@@ -82,10 +74,7 @@ class MeshConfig:
     rules: tuple[str, ...] = setting(
         (), "rows of the sharding table to replace: dim=axes/axes, computing and at rest, as in embed=/data+fsdp"
     )
-    max_replicated_frac: float = setting(
-        0.02, "largest share of parameter bytes that fsdp or model may leave whole on every device"
-    )
-
+    max_replicated_frac: float = setting(0.02, "largest share of parameter bytes that fsdp or model may leave unsplit")
     context_method: Literal["auto", "alltoall", "allgather", "ring"] = setting(
         "auto", "how rows split over context meet: trading positions for heads, all keys at once, or keys round a ring"
     )
@@ -103,9 +92,7 @@ class PipelineConfig:
     )
     microbatches: int = setting(0, "pieces of a batch that follow one another through the stages (0: 4 a stage)")
     repeats: int = setting(1, "times each microbatch passes every stage: more make a smaller bubble and more sends")
-    in_place: bool = setting(
-        False, "with 1f1b: activations are kept where they are made, not copied; compiles twice as long"
-    )
+    in_place: bool = setting(False, "with 1f1b: activations stay where they are made, uncopied; compiles twice as long")
     stage_layers: tuple[int, ...] = setting((), "layers of each stage, in order (none: as even as can be)")
 
     def pieces(self, stages: int) -> int:
@@ -126,9 +113,7 @@ class TrainConfig:
     eval_every: int = setting(0, "steps between evaluations; the last step always evaluates (0: only then)")
     eval_batches: int = setting(0, "batches in one evaluation (0: all held-out rows once)")
     z_loss: float = setting(0.0, "weight of the mean squared log-normaliser, in nats")
-    loss_chunk_tokens: int = setting(
-        0, "tokens whose logits exist at one time on a device (0: as the loss kernel has it)"
-    )
+    loss_chunk_tokens: int = setting(0, "tokens whose logits exist at one time on a device (0: the kernel's choice)")
     max_nonfinite_steps: int = setting(
         5,
         "updates dropped in a row, for a loss or gradient that is not finite or a spike, that end the run with exit 4",
@@ -140,9 +125,7 @@ class TrainConfig:
         -1.0, "seconds without a step that end the run with stacks and exit 124 (-1: 300 or 20 median steps; 0: never)"
     )
     preempt_grace_s: float = setting(300.0, "seconds that saving and leaving may take after SIGTERM (0: any)")
-    deterministic: bool = setting(
-        False, "the same bits on a GPU in every run: XLA's deterministic kernels, no autotuning"
-    )
+    deterministic: bool = setting(False, "the same bits on a GPU in every run: deterministic kernels, no autotuning")
     sdc_check_every: int = setting(
         0, "steps between computing one twice and comparing replicas bit by bit; needs room for two states (0: never)"
     )
@@ -172,23 +155,17 @@ class OptimConfig:
     beta2: float = setting(0.95, "decay of the second moment (adamw, lion)")
     eps: float = setting(1e-8, "added to the root of the second moment (adamw)")
     clip_norm: float = setting(1.0, "largest global gradient norm (0: no clipping)")
-    offload: bool = setting(
-        False, "the optimizer's moments rest in the host's memory and visit the device to be updated"
-    )
+    offload: bool = setting(False, "the optimizer's moments rest in the host's memory and visit the device for updates")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: tuple[str, ...] = setting(
-        (), "text to train on: .txt, .py, .jsonl[.gz|.zst] files, globs; tokenized on first use"
-    )
+    path: tuple[str, ...] = setting((), "text to train on: .txt, .py, .jsonl[.gz|.zst], globs; tokenized on first use")
     train: tuple[str, ...] = setting(
         (),
         "tokenized sets to train on, not path: PREFIX (also gs://, s3://), with shares 0.7:PREFIX, by step 0.7/0.2@1000:PREFIX",
     )
-    eval: tuple[str, ...] = setting(
-        (), "tokenized sets to evaluate on, PREFIX or NAME=PREFIX (none: cut from the training set by split)"
-    )
+    eval: tuple[str, ...] = setting((), "tokenized sets to evaluate on, PREFIX or NAME=PREFIX (none: cut by split)")
     split: tuple[float, ...] = setting(
         (0.95, 0.05),
         "shares, in file order, for training and evaluation: of tokens, or with whole documents of documents",
@@ -200,9 +177,7 @@ class DataConfig:
     packing: Literal["none", "best_fit"] = setting(
         "none", "rows cut from documents end to end, or filled with whole documents, longest first"
     )
-    reset_at_eod: bool = setting(
-        False, "positions begin anew after the end-of-document token, and attention stays inside"
-    )
+    reset_at_eod: bool = setting(False, "positions begin anew after the end-of-document token; attention stays inside")
     seq_lens: tuple[str, ...] = setting(
         (), "shorter rows in some steps, LENGTH@STEP from which step on: 256@0,1024@2000 (a step keeps its tokens)"
     )

@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxlm.data.corpus import evaluation_loader, open_corpus
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import prepare
 from jaxlm.data.samples import TokenRange, whole
 from jaxlm.feed import feed
-from jaxlm.metrics.numbers import loss_text
 from jaxlm.session import (
     evaluate_batches,
     load_config,
@@ -81,10 +82,8 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        loss, perplexity = loss_text(result["eval_loss"]), f"{result['perplexity']:.4g}"
-        print(
-            f"step {result['step']}: eval loss {loss} nats a token, perplexity {perplexity}, {result['tokens']:,} tokens"
-        )
+        loss = f"eval loss {np.float32(result['eval_loss'])!s} nats a token, perplexity {result['perplexity']:.4g}"
+        print(f"step {result['step']}: {loss}, {result['tokens']:,} tokens")
     return 0
 
 

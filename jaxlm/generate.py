@@ -97,10 +97,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="a run's folder")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, default=50, help="sample among this many (0: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="how many to add (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among this many (0: all; default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     args = parser.parse_args(argv)
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if getattr(args, name) < low:

@@ -14,7 +14,7 @@ import jax
 import jaxlm
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
-from jaxlm.metrics.flops import flops_per_token
+from jaxlm.metrics.throughput import flops_per_token
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
 from jaxlm.session import kernel_facts

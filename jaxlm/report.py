@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.metrics.flops import CONVENTION
 from jaxlm.metrics.ledger import PHASES, Account, read_account
-from jaxlm.metrics.markdown import code, fenced, plain, table
-from jaxlm.metrics.numbers import count_text, duration_text, loss_text
 from jaxlm.metrics.summary import Point, Summary, points, smoothed, summarize
+from jaxlm.metrics.text import code, count_text, duration_text, fenced, loss_text, plain, table
+from jaxlm.metrics.throughput import CONVENTION
 from jaxlm.metrics.writer import from_json_values, mendable, read_metrics, to_json_values, write_atomically
 from jaxlm.settings import Parser, flatten, run_main
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.checkpoint.manifest import Manifest
 from jaxlm.checkpoint.restore import Restored, newest_manifest, restore
@@ -186,6 +187,10 @@ class Evaluation:
 
     loss: float
     tokens: int
+
+    def __str__(self) -> str:
+        """For a screen, with a loss as exact as a training step's, float32's."""
+        return f"eval loss {np.float32(self.loss)!s} on {self.tokens:,} tokens"
 
 
 def evaluate_batches(

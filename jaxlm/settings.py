@@ -15,12 +15,13 @@ import difflib
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -62,25 +63,21 @@ def resolve(
     Raises: UserError listing every problem.
     """
     problems: list[Problem] = []
-    given: dict[str, tuple[Any, str]] = {}
-    for path, value in flatten(tree):
-        _accept(given, problems, path, value, f"file {file}", typed)
-    for path, text in overrides.items():
-        _accept(given, problems, path, text, "command line", parsed)
+    given = _accepted(flatten(tree), f"file {file}", typed, problems)
+    given |= _accepted(overrides.items(), "command line", parsed, problems)
     preset = given.get("model.preset", (None, ""))[0]
     layers: dict[str, tuple[Any, str]] = {}
     if preset in presets:
         layers = {f"model.{key}": (value, f"preset {preset}") for key, value in presets[preset].items()}
     elif preset is not None:
-        problems.append(Problem(f"model.preset={preset}", "no such preset", nearest(str(preset), presets)))
-    defaults = {path: (field.default, "default") for path, (_, field) in SCHEMA.items()}
-    filled = defaults | layers | given
+        problems.append(Problem(f"model.preset={preset}", "no such preset", nearest(str(preset), presets, after="/")))
+    filled = {path: (field.default, "default") for path, (_, field) in SCHEMA.items()} | layers | given
     config = derived(_build(filled))
     origin = {path: source if get(config, path) == value else "derived" for path, (value, source) in filled.items()}
     # a file is judged by itself: the command line may overrule it, and answers for its own keys only
     chosen = {path: value for path, value in given.items() if value[0] != SCHEMA[path][1].default}
     from_file = {path: value for path, value in chosen.items() if path not in overrides}
-    problems += ignored(derived(_build(defaults | layers | from_file)), from_file)
+    problems += ignored(derived(_build(layers | from_file)), from_file)
     problems += ignored(config, chosen.keys() - from_file.keys())
     for problem in check(config):
         source = origin.get(problem.where.partition("=")[0], "")
@@ -91,42 +88,55 @@ def resolve(
     return Resolved(config, origin)
 
 
-def _accept(given: dict, problems: list, path: str, value: Any, source: str, convert: Callable) -> None:
-    if path not in SCHEMA:
-        problems.append(Problem(f"{path}={value}", f"no such setting ({source})", nearest(path, SCHEMA)))
-        return
-    try:
-        given[path] = (convert(value, SCHEMA[path][0]), source)
-    except (ValueError, TypeError, SyntaxError, KeyError):
-        want = type_name(SCHEMA[path][0])
-        problems.append(Problem(f"{path}={value}", f"is not {want} ({source})", SCHEMA[path][1].metadata["doc"]))
+def _accepted(rows: Iterable, source: str, convert: Callable, problems: list[Problem]) -> dict[str, tuple[Any, str]]:
+    """{"section.key": (value, source)} of those `rows` that are settings; of each other one a problem is added."""
+    given = {}
+    for path, value in rows:
+        if path not in SCHEMA:
+            problems.append(Problem(f"{path}={value}", f"no such setting ({source})", nearest(path, SCHEMA, after=".")))
+            continue
+        kind, key = SCHEMA[path]
+        try:
+            given[path] = (convert(value, kind), source)
+        except (ValueError, TypeError, SyntaxError, KeyError):
+            rule = f"is not {type_name(kind)} ({source})"
+            problems.append(Problem(f"{path}={value}", rule, key.metadata["doc"]))
+    return given
 
 
 def _build(values: Mapping[str, tuple[Any, str]]) -> Config:
-    sections = {}
-    for section in dataclasses.fields(Config):
-        keys = {path.split(".")[1]: v for path, (v, _) in values.items() if path.startswith(section.name + ".")}
-        sections[section.name] = type(typing.cast(Any, section.default))(**keys)
-    return Config(**sections)
+    """The Config of {"section.key": (value, where it came from)}, all other keys at their defaults."""
+    sections: dict[str, dict[str, Any]] = {}
+    for path, (value, _) in values.items():
+        section, key = path.split(".")
+        sections.setdefault(section, {})[key] = value
+    config = Config()
+    return Config(**{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
 
 def flatten(tree: Mapping) -> list[tuple[str, Any]]:
     """[("section.key", value)] of a two-level mapping; a value where a section should be keeps its own name."""
     rows = []
     for section, keys in tree.items():
-        rows += (
-            [(f"{section}.{key}", value) for key, value in keys.items()]
-            if isinstance(keys, Mapping)
-            else [(section, keys)]
-        )
+        held = keys.items() if isinstance(keys, Mapping) else [(None, keys)]
+        rows += [(f"{section}.{key}" if key else section, value) for key, value in held]
     return rows
 
 
-def nearest(name: str, known: Any) -> str:
-    tail = name.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(name, list(known), 3, 0.6)
-    close += [k for k in known if k.rsplit(".", 1)[-1] == tail and k not in close][:3]
-    return f"did you mean {', '.join(close)}?" if close else "see --help for every name"
+def nearest(name: str, known: Iterable[str], *, after: str) -> str:
+    """A remedy for a `name` that is not `known`: those near it in what comes `after` the part that many names share.
+
+    Near are names that differ by a letter or two, or of which one has all the words of the other.
+    """
+    shared, _, own = name.rpartition(after)
+    nearness = {}
+    for other in known:
+        part = other.rpartition(after)[2]
+        words, others = (set(re.split("[_-]", text)) for text in (own, part))
+        alike = difflib.SequenceMatcher(None, own, part).ratio()
+        nearness[other] = (max(alike, 0.75 * (words <= others or others <= words)), other.startswith(shared + after))
+    near = sorted((other for other in nearness if nearness[other][0] >= 0.75), key=nearness.__getitem__, reverse=True)
+    return f"did you mean {', '.join(near[:3])}?" if near else "see --help for every name"
 
 
 def typed(value: Any, kind: Any) -> Any:
@@ -183,9 +193,7 @@ def shown(value: Any) -> str:
     """A value as one would type it on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return (
-        {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -209,7 +217,9 @@ def load_file(spec: str) -> Mapping:
     path = Path(name)
     if not path.is_file():
         here = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here)))
+        raise UserError(
+            Problem(f"--config={spec}", f"no file {name} seen from {Path.cwd()}", nearest(name, here, after="/"))
+        )
     try:
         get_config = runpy.run_path(name)["get_config"]
         tree = get_config(arg) if arg else get_config()
@@ -246,7 +256,7 @@ class Parser(argparse.ArgumentParser):
         flags = [s for action in self._actions for s in action.option_strings]
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
         as_setting = unknown.removeprefix("--")
-        remedy = nearest(unknown, flags) if unknown else f"see {self.prog} --help"
+        remedy = nearest(unknown, flags, after="--") if unknown else f"see {self.prog} --help"
         if as_setting in SCHEMA:
             remedy = f"did you mean {PREFIX}{as_setting}?"
         raise UserError(Problem(f"{self.prog}", message, remedy))
@@ -309,9 +319,7 @@ def to_json(resolved: Resolved, run: Mapping[str, Any]) -> str:
 def from_values(values: Mapping[str, Any], source: str) -> Config:
     """The Config with these values of "section.key", all others their defaults. Raises UserError if one is none of a key."""
     problems: list[Problem] = []
-    given: dict[str, tuple[Any, str]] = {}
-    for path, value in values.items():
-        _accept(given, problems, path, value, source, typed)
+    given = _accepted(values.items(), source, typed, problems)
     if problems:
         raise UserError(*problems)
-    return _build({path: (key.default, "default") for path, (_, key) in SCHEMA.items()} | given)
+    return _build(given)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch
@@ -120,8 +121,8 @@ def make_program(config: Config, layout: Layout) -> Program:
     check_layout(layout, params, max_replicated_frac=config.mesh.max_replicated_frac)
     layout.check_divides("train.seq_len", (config.train.seq_len,), ("residual",))
     choose_context(layout, config.model, config.train.seq_len)
-    dims = _unflatten({path: variable.dims for path, variable in flat})
-    roles = _unflatten({path: variable.role for path, variable in flat})
+    dims = unflatten_dict({path: variable.dims for path, variable in flat})
+    roles = unflatten_dict({path: variable.role for path, variable in flat})
     pipe = make_pipeline(built, layout)
     if pipe is not None:
         dims = slot_dims(pipe, dims)
@@ -141,16 +142,6 @@ def chosen_kernels(config: Config, layout: Layout) -> dict[str, Choice]:
         "activation_kernel": choose_activation(model, layout),
         "loss_kernel": choose_loss(model, layout),
     }
-
-
-def _unflatten(flat: dict[tuple, Any]) -> dict:
-    tree: dict = {}
-    for path, leaf in flat.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def init_state(program: Program) -> TrainState:
@@ -218,19 +209,9 @@ def _init(program: Program) -> TrainState:
 
 
 def abstract_state(program: Program) -> TrainState:
-    """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(partial(_init, program))
-    place = partial(jax.tree.map, lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s))
-    return place(shapes, _shardings(program, shapes))
-
-
-def state_shardings(program: Program) -> TrainState:
-    """Where each leaf of the state rests: parameters and the optimizer's copies of their shape by the storage column."""
-    return _shardings(program, jax.eval_shape(partial(_init, program)))
-
-
-def _shardings(program: Program, shapes: TrainState) -> TrainState:
-    layout = program.layout
+    """Shapes, dtypes and shardings of the state, nothing allocated. Parameters and the optimizer's copies of their shape
+    rest by the storage column."""
+    shapes, layout = jax.eval_shape(partial(_init, program)), program.layout
     params, stored = (by_dims(partial(layout.sharding, at=at), program.dims) for at in ("params", "optimizer"))
     whole, memory = layout.replicated, "pinned_host" if program.config.optim.offload else None
 
@@ -240,7 +221,12 @@ def _shardings(program: Program, shapes: TrainState) -> TrainState:
     moments = optax.tree_map_params(
         program.optimizer, like_param, shapes.opt_state, shapes.params, stored, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, moments, whole, whole, jax.tree.map(lambda _: whole, shapes.recent))
+    at = TrainState(whole, params, moments, whole, whole, jax.tree.map(lambda _: whole, shapes.recent))
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, at)
+
+
+def state_shardings(program: Program) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(program))
 
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -279,17 +265,10 @@ def global_norm(program: Program, grads: Any) -> jax.Array:
     """Root of the sum of all squares, f32[]. Vectors of one shape and layout are summed as one array: they are small, and a
     kernel or two for each would take longer than the sums."""
     groups: dict[Any, list] = {}
-    for number, (role, dims, g) in enumerate(zip(*map(_leaves, (program.roles, program.dims, grads)), strict=True)):
+    leaves = partial(jax.tree.leaves, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for number, (role, dims, g) in enumerate(zip(*map(leaves, (program.roles, program.dims, grads)), strict=True)):
         groups.setdefault((dims, g.shape) if role in ("scale", "bias") else number, []).append(g)
     return jnp.sqrt(sum(jnp.square(jnp.stack(group)).sum() for group in groups.values()))
-
-
-def _leaves(tree: Any) -> list:
-    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
-def all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def mean_loss_and_grads(

@@ -33,10 +33,9 @@ from jaxlm.feed import feed
 from jaxlm.generate import write_sample
 from jaxlm.guards import Closing, StopSignals, Watchdog, explained
 from jaxlm.header import LAYOUT_FILE, describe, header, layout_text, provenance
-from jaxlm.metrics.chips import peak_flops_per_s
 from jaxlm.metrics.ledger import Ledger, read_account
-from jaxlm.metrics.meter import StepMeter
 from jaxlm.metrics.progress import Progress
+from jaxlm.metrics.throughput import StepMeter, peak_flops_per_s
 from jaxlm.metrics.writer import MetricsLog, read_metrics, write_atomically
 from jaxlm.models.presets import PRESETS
 from jaxlm.opening import Work, open_work, take_lock
@@ -314,7 +313,7 @@ class Loop:
             record |= slowest
             if text:
                 self.progress.note(text)
-            record |= {"first_sample": self.loader.first_sample(step - 1)} if streak else {}
+            record |= {"first_sample": self.loader.ramp.before(step - 1)} if streak else {}
             self._write(record)
             self.progress.update(record)
         if streak:
@@ -346,7 +345,7 @@ class Loop:
             if self.asked() is not None:
                 return
             of = f" of {name}" if name else ""
-            self.progress.note(f"step {step}: eval loss {found[name].loss!r} on {found[name].tokens:,} tokens{of}")
+            self.progress.note(f"step {step}: {found[name]}{of}")
         if found:
             tokens = max(sum(result.tokens for result in found.values()), 1)
             mean = sum(result.loss * (result.tokens / tokens) for result in found.values())

@@ -37,8 +37,7 @@ from jaxlm.compiled import memory_bytes
 from jaxlm.config import Config, Problem, UserError
 from jaxlm.data.loader import Batch
 from jaxlm.feed import abstract_batch, put_batch
-from jaxlm.metrics.chips import peak_flops_per_s
-from jaxlm.metrics.flops import flops_per_token
+from jaxlm.metrics.throughput import flops_per_token, peak_flops_per_s
 from jaxlm.models.presets import PRESETS
 from jaxlm.session import open_program, use_device_settings
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
@@ -178,7 +177,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def utilisation(config: Config, found: dict[str, Any]) -> dict[str, float | None]:
-    """TFLOP/s of a device and the share of its peak, by the convention of metrics/flops.py and its causal form."""
+    """TFLOP/s of a device and the share of its peak, by the convention of metrics/throughput.py and its causal form."""
     model, peak = config.model, peak_flops_per_s(found["device"])
     per_token = dict(
         num_nonpositional_params=found["counted_params"], num_layers=model.num_layers, num_heads=model.num_heads,

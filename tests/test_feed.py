@@ -8,8 +8,7 @@ import pytest
 import tiny
 
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.loader import Loader
-from jaxlm.data.ramp import Ramp
+from jaxlm.data.loader import Loader, Ramp
 from jaxlm.data.samples import Windows, whole
 from jaxlm.feed import abstract_batch, feed, row_share
 from jaxlm.step import batch_sharding, make_program

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm import generate
 from jaxlm.checkpoint.manifest import Manifest
 from jaxlm.config import UserError
 from jaxlm.models.presets import PRESETS
@@ -67,6 +69,20 @@ def test_every_problem_is_listed_at_once_with_its_remedy():
 
 
 @pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("train.sed", "did you mean train.seed?"),
+        ("optim.seed", "did you mean train.seed?"),
+        ("optim.lr", "did you mean optim.peak_lr, optim.final_lr_frac?"),
+        ("optim.flux", "see --help for every name"),
+        ("model.x", "see --help for every name"),
+    ],
+)
+def test_an_unknown_setting_is_told_of_those_that_are_near_and_of_no_other(key, remedy):
+    assert problems(**{key.replace(".", "__"): "1"})[f"{key}=1"].remedy == remedy
+
+
+@pytest.mark.parametrize(
     ("overrides", "where"),
     [
         ({"model.rope_theta": "500"}, "model.rope_theta=500.0"),
@@ -100,6 +116,7 @@ def test_a_setting_that_would_be_ignored_is_refused(overrides, where):
         ({"optim.schedule": "inverse_sqrt"}, "optim.warmup_steps=0"),
         ({"optim.decay_roles": "kernels"}, "optim.decay_roles=('kernels',)"),
         ({"data.split": "1"}, "data.split=(1.0,)"),
+        ({"data.split": "1,0", "train.eval_every": "5"}, "train.eval_every=5"),
         ({"train.num_steps": "0"}, "train.num_steps=0"),
         ({"data.skip_steps": "7:3"}, "data.skip_steps=('7:3',)"),
         ({"data.skip_steps": "12"}, "data.skip_steps=('12',)"),
@@ -126,6 +143,14 @@ def test_help_has_every_key_with_type_default_and_a_line():
     for key, (_, field) in SCHEMA.items():
         assert f"--config.{key}=" in text and field.metadata["doc"] in text
     assert len(SCHEMA) < 120
+
+
+def test_help_of_a_tool_has_every_default(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("--max-new-tokens", "200"), ("--temperature", "0.8"), ("--top-k", "50"), ("--seed", "0")):
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*default: {default}\)", said.partition("options:")[2]), flag
 
 
 def test_broken_config_files_are_explained(tmp_path):

@@ -15,12 +15,10 @@ from jaxlm.config import Config, Problem, UserError, skipped_batches
 from jaxlm.data.blend import Blend
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.infill import Infill
-from jaxlm.data.loader import Loader, batch_of
-from jaxlm.data.megatron import MegatronSamples
+from jaxlm.data.loader import Loader, Ramp, in_force
 from jaxlm.data.packing import Packed
 from jaxlm.data.prepare import prepare
-from jaxlm.data.ramp import Ramp, in_force
-from jaxlm.data.samples import Samples, TokenRange, Windows, normalised, split, whole
+from jaxlm.data.samples import MegatronSamples, Samples, TokenRange, Windows, normalised, split, whole
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _NUMBER = r"\d+\.?\d*(?:[eE]-?\d+)?"
@@ -79,13 +77,14 @@ def open_corpus(config: Config, workdir: Path, log: Callable[[str], None]) -> Co
         tokenizer, entries = load_tokenizer(data.tokenizer), [parse_train(entry) for entry in data.train]
     sets = [IndexedDataset(prefix) for prefix, _ in entries]
     documents = data.order == "megatron" or data.packing == "best_fit"
-    cuts = [(whole(s), None) if data.eval else _cut(s, data.split, documents=documents) for s in sets]
+    shares = (1.0, 0.0) if data.eval else data.split
+    cuts = [_cut(dataset, shares, documents=documents) for dataset in sets]
     training = tuple(replace(first, weights=weights) for (first, _), (_, weights) in zip(cuts, entries))
     evaluation: dict[str, tuple[TokenRange, ...]] = {}
     for entry in data.eval:
         name, prefix = found.groups() if (found := _NAMED.fullmatch(entry)) else ("", entry)
         evaluation[name] = (*evaluation.get(name, ()), whole(IndexedDataset(prefix)))
-    if not data.eval and (held_out := tuple(r for _, r in cuts if r and r.num_tokens > 1)):
+    if held_out := tuple(rest for _, rest in cuts if rest.num_tokens > 1):
         evaluation[""] = held_out
     return Corpus(tokenizer, training, evaluation)
 
@@ -107,10 +106,9 @@ def training_samples(parts: tuple[TokenRange, ...], config: Config, ramp: Ramp) 
     if weighted and len(weighted) < len(parts):
         bare = next(part for part in parts if not part.weights).dataset.prefix
         raise UserError(Problem(f"data.train: {bare}", "has no weight, and others have", f"write it as 1.0:{bare}"))
-    skip = skipped_batches(data.skip_steps)
-    phases = [(ramp.before(batch_of(step, skip)) if step else 0, weights) for step, weights in _phases(parts)]
+    phases = [(ramp.before(step) if step else 0, weights) for step, weights in _phases(parts)]
     if data.order == "megatron":
-        total = ramp.before(batch_of(train.num_steps - 1, skip) + 1)
+        total = ramp.before(train.num_steps - 1) + ramp.size(train.num_steps - 1)
         if len(parts) == 1 and not weighted:
             return MegatronSamples(parts[0], num_samples=total, **sized)
         shares: list[int | None] = [None] * len(parts)
@@ -158,10 +156,10 @@ def training_loader(config: Config, corpus: Corpus) -> Loader:
             rule = f"is not below the vocabulary size, {config.model.vocab_size}"
             raise UserError(Problem(f"data.fim_tokens: {max(data.fim_tokens)}", rule, "raise model.vocab_size"))
         rewrite = Infill(corpus.tokenizer, train.seed, data.fim_rate, data.fim_spm_rate, data.fim_tokens)
-    ramp = Ramp(train.batch_size, *train.batch_ramp)
+    skip = skipped_batches(data.skip_steps)
+    ramp = Ramp(train.batch_size, *train.batch_ramp, skip=skip)
     samples = training_samples(corpus.training, config, ramp)
-    more = dict(lengths=data.row_lengths, rewrite=rewrite, skip=skipped_batches(data.skip_steps))
-    return _loader(config, corpus.tokenizer, samples, ramp, **more)
+    return _loader(config, corpus.tokenizer, samples, ramp, lengths=data.row_lengths, rewrite=rewrite)
 
 
 def evaluation_loader(config: Config, parts: tuple[TokenRange, ...], tokenizer: Tokenizer) -> Loader:

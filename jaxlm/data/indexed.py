@@ -22,7 +22,7 @@ import glob
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -55,11 +55,11 @@ def set_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     return (new_tokens if new_tokens.exists() else tokens, new_index) if new_index.exists() else (tokens, index)
 
 
-def existing(output_prefix: str, prefixes: Sequence[str]) -> list[Problem]:
-    """What is wrong with writing the sets `prefixes` for --output-prefix: the first file that is there, if any."""
-    files = [path for prefix in prefixes for path in set_paths(prefix) if path.exists()]
-    remedy = "choose another --output-prefix, or pass --overwrite to replace it"
-    return [Problem(f"--output-prefix {output_prefix}", f"{path} exists", remedy) for path in files[:1]]
+def refuse_existing(output_prefix: str, prefixes: Iterable[str]) -> None:
+    """Raises UserError, of --output-prefix, for the first file of the sets `prefixes` that is there."""
+    for path in (path for prefix in prefixes for path in set_paths(prefix) if path.exists()):
+        remedy = "choose another --output-prefix, or pass --overwrite to replace it"
+        raise UserError(Problem(f"--output-prefix {output_prefix}", f"{path} exists", remedy))
 
 
 class IndexedDataset:
@@ -78,11 +78,9 @@ class IndexedDataset:
         bin_path, idx_path = (f"{prefix}.bin", f"{prefix}.idx") if stored else _files(self.prefix)
         self.index_bytes = raw = read_whole(idx_path) if stored else _map(idx_path)
         self.dtype, num_sequences, num_entries = _read_header(idx_path, raw)
-        pointers_at = HEADER.size + 4 * num_sequences
-        documents_at = pointers_at + 8 * num_sequences
-        self.lengths = raw[HEADER.size : pointers_at].view("<i4")
-        self._pointers = raw[pointers_at:documents_at].view("<i8")
-        self.document_indices = raw[documents_at:].view("<i8")
+        lengths, pointers, documents = np.split(raw[HEADER.size :], (4 * num_sequences, 12 * num_sequences))
+        self.lengths, self._pointers = lengths.view("<i4"), pointers.view("<i8")
+        self.document_indices = documents.view("<i8")
         source = (idx_path, raw if stored else idx_path)
         self.num_tokens = _check_sequences(*source, num_sequences, self.dtype.itemsize)
         _check_documents(*source, num_entries, num_sequences)
@@ -131,17 +129,14 @@ def _files(prefix: str) -> tuple[str, str]:
     bin_path, idx_path = set_paths(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise UserError(Problem(f"token set {prefix}", f"{path} is not a file", _remedy_for(prefix)))
+            near = sorted(Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}*.idx"))
+            remedy = "check the path; a set is a pair PREFIX.bin and PREFIX.idx"
+            if prefix.endswith((".bin", ".idx")):
+                remedy = f"give the prefix without its ending: {prefix[:-4]}"
+            elif near:
+                remedy = f"did you mean {', '.join(str(index)[:-4] for index in near[:3])}?"
+            raise UserError(Problem(f"token set {prefix}", f"{path} is not a file", remedy))
     return str(bin_path), str(idx_path)
-
-
-def _remedy_for(missing: str) -> str:
-    if missing.endswith((".bin", ".idx")):
-        return f"give the prefix without its ending: {missing[:-4]}"
-    near = sorted(str(path)[:-4] for path in Path(missing).parent.glob(f"{glob.escape(Path(missing).name)}*.idx"))
-    return (
-        f"did you mean {', '.join(near[:3])}?" if near else "check the path; a set is a pair PREFIX.bin and PREFIX.idx"
-    )
 
 
 def _map(path: str) -> np.ndarray:
@@ -187,14 +182,13 @@ def _read_header(path: str, raw: np.ndarray) -> tuple[np.dtype, int, int]:
 def _read_blocks(source: str | np.ndarray, offset: int, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first, entries) of `count` entries from `offset` on, a block at a time. A file is read rather than
     mapped: an .idx may be as large as memory, and pages of a map that were touched count as this process's own."""
-    if isinstance(source, np.ndarray):
-        values = source[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
-        yield from ((start, values[start : start + _BLOCK]) for start in range(0, count, _BLOCK))
-        return
-    with open(source, "rb") as file:
-        file.seek(offset)
-        for start in range(0, count, _BLOCK):
-            yield start, np.fromfile(file, dtype, min(_BLOCK, count - start))
+    size = np.dtype(dtype).itemsize
+    for start in range(0, count, _BLOCK):
+        at, num = offset + start * size, min(_BLOCK, count - start)
+        if isinstance(source, np.ndarray):
+            yield start, source[at : at + num * size].view(dtype)
+        else:
+            yield start, np.fromfile(source, dtype, num, offset=at)
 
 
 def _check_sequences(path: str, source: str | np.ndarray, num_sequences: int, itemsize: int) -> int:
@@ -252,10 +246,9 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype | type | str, resume: Mark | None = None):
         self.prefix = os.fspath(prefix)
+        where = f"token set {self.prefix}"
         if "://" in self.prefix:
-            raise UserError(
-                Problem(f"token set {self.prefix}", "is in a bucket", "write it to a disk, then copy it there")
-            )
+            raise UserError(Problem(where, "is in a bucket", "write it to a disk, then copy it there"))
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = {known: code for code, known in DTYPES.items()}[self.dtype]
         # until it is done: tokens; header and lengths; document index without its leading 0, which is also the lock
@@ -266,7 +259,7 @@ class IndexedWriter:
         lock = open_exclusive(self._temporary[2], wait=False)
         if lock is None:
             remedy = "wait for it to end, or choose another prefix"
-            raise UserError(Problem(f"token set {self.prefix}", "another process is writing it", remedy))
+            raise UserError(Problem(where, "another process is writing it", remedy))
         _give_names(self.prefix)
         self._files: list[BinaryIO] = [lock]
         if resume and set_paths(prefix)[1].exists() and not self._temporary[1].exists():
@@ -279,7 +272,7 @@ class IndexedWriter:
             if mark != Mark() and file.seek(0, os.SEEK_END) < size:
                 rule = "is shorter than when the command that is to go on was ended"
                 remedy = f"begin anew: remove {Path(self.prefix).parent}/*.preprocess.json"
-                raise UserError(Problem(f"token set {self.prefix}, {file.name}", rule, remedy))
+                raise UserError(Problem(f"{where}, {file.name}", rule, remedy))
             file.truncate(size)
             file.seek(size)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
@@ -17,12 +18,74 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.indexed import IndexedDataset
-from jaxlm.data.ramp import Ramp, in_force
 from jaxlm.data.samples import Samples, Span
 from jaxlm.data.stored import Stored
 
 T = TypeVar("T")
 CLOSE_S = 5.0
+
+
+def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
+    """The batch that a step reads, both from 0, where those in `skip`, sorted [start, stop), are never read."""
+    for start, stop in skip:
+        step += stop - start if step >= start else 0
+    return step
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Batches that grow from `start` by `increment` to `final` while `samples` samples pass, an equal share at each
+    size: Megatron's --rampup-batch-size START INCREMENT SAMPLES. Start 0: always `final`. A step reads the batch
+    `batch_of(step, skip)`; samples of batches in `skip` pass too.
+
+    Source: Megatron-LM, core/num_microbatches_calculator.py.
+    """
+
+    final: int
+    start: int = 0
+    increment: int = 0
+    samples: int = 0
+    skip: Sequence[tuple[int, int]] = ()
+
+    @functools.cached_property
+    def stages(self) -> tuple[tuple[int, int, int], ...]:
+        """(first batch, samples before it, batch size) of each size, in order."""
+        rows, batch, before = [], 0, 0
+        if self.start:
+            num = (self.final - self.start) // self.increment
+            for k in range(num):
+                size = self.start + k * self.increment
+                rows.append((batch, before, size))
+                # this size holds while before < (k + 1) * samples / num
+                batches = max(-(-((k + 1) * self.samples - before * num) // (size * num)), 0)
+                batch, before = batch + batches, before + batches * size
+        return (*rows, (batch, before, self.final))
+
+    def size(self, step: int) -> int:
+        """Samples in a step."""
+        return self._stage(batch_of(step, self.skip))[2]
+
+    def before(self, step: int) -> int:
+        """The first sample of a step, whose others follow it."""
+        return self._before(batch_of(step, self.skip))
+
+    def read_before(self, step: int) -> int:
+        """Samples that are read in all steps before it."""
+        batch = batch_of(step, self.skip)
+        left_out = sum(self._before(stop) - self._before(start) for start, stop in self.skip if start < batch)
+        return self._before(batch) - left_out
+
+    def _before(self, batch: int) -> int:
+        first, before, size = self._stage(batch)
+        return before + (batch - first) * size
+
+    def _stage(self, batch: int) -> tuple[int, int, int]:
+        return self.stages[bisect.bisect_right(self.stages, batch, key=lambda stage: stage[0]) - 1]
+
+
+def in_force(table: Sequence[tuple[int, T]], step: int, before: T) -> T:
+    """The value of the last row (first step, value) of a rising table that a step has reached; `before` them all."""
+    return next((value for first, value in reversed(table) if step >= first), before)
 
 
 # Dims: B rows, T positions.
@@ -35,17 +98,9 @@ class Batch(NamedTuple):
     starts: Any = None  # int32[B, T], where in its row the document of each token starts; None: a row is one document
 
 
-def batch_of(step: int, skip: Sequence[tuple[int, int]]) -> int:
-    """The batch that a step reads, both from 0, where those in `skip`, sorted [start, stop), are never read."""
-    for start, stop in skip:
-        step += stop - start if step >= start else 0
-    return step
-
-
 @dataclass(eq=False)
 class Loader:
-    """The batches of `samples`: batch i takes `ramp.size(i)` of them, from number `ramp.before(i)` on, and a step reads
-    batch `batch_of(step, skip)`. The ramp counts samples, so those in `skip` too; `lengths` counts steps.
+    """The batches of `samples`: a step takes `ramp.size(step)` of them, from number `ramp.before(step)` on.
 
     A sample is a row, or several shorter ones: `lengths` has (first step, tokens of a row). Samples that are not endless
     fill `num_batches` steps, the last filled up with rows of token 0 and weight 0; for others `num_batches` is None.
@@ -62,7 +117,6 @@ class Loader:
     mask_eod_loss: bool = False
     separates: bool = False
     lengths: Sequence[tuple[int, int]] = ()
-    skip: Sequence[tuple[int, int]] = ()
     rewrite: Callable[[np.ndarray, int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
@@ -75,25 +129,19 @@ class Loader:
 
     def tokens_before(self, step: int) -> int:
         """Tokens in all steps before it."""
-        passed, before = batch_of(step, self.skip), self.ramp.before
-        left_out = sum(before(stop) - before(start) for start, stop in self.skip if start < passed)
-        return (before(passed) - left_out) * self.samples.seq_len
+        return self.ramp.read_before(step) * self.samples.seq_len
 
-    def first_sample(self, step: int) -> int:
-        """The first sample of a step; the others follow it."""
-        return self.ramp.before(batch_of(step, self.skip))
-
-    def places(self, step: int, *, most: int = 4) -> str:
-        """Where the rows of a step come from, as people look it up: its samples, and set and first token of some."""
-        first, size = self.first_sample(step), self.ramp.size(batch_of(step, self.skip))
-        spans = self.samples.spans(range(first, first + min(most, size)))
+    def places(self, step: int) -> str:
+        """Where the rows of a step come from, as people look it up: its samples, and set and first token of four."""
+        first, size = self.ramp.before(step), self.ramp.size(step)
+        spans = self.samples.spans(range(first, first + min(size, 4)))
         named = ", ".join(f"{Path(row[0].dataset.prefix).name} token {row[0].start}" for row in spans)
-        return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > most else "")
+        return f"samples {first}..{first + size - 1}: {named}" + (", ..." if size > 4 else "")
 
     def shape(self, step: int) -> tuple[int, int]:
         """(rows, tokens of a row) of a step's batch."""
         T = in_force(self.lengths, step, self.samples.seq_len)
-        return self.ramp.size(batch_of(step, self.skip)) * (self.samples.seq_len // T), T
+        return self.ramp.size(step) * (self.samples.seq_len // T), T
 
     def batch(self, step: int, *, host: int = 0, hosts: int = 1) -> Batch:
         """The batch of a step, or the rows of it that one of several hosts feeds: an even share, in order.
@@ -101,8 +149,7 @@ class Loader:
         Raises: UserError naming file and offset of a token id that is not below `vocab_size`.
         """
         assert step >= 0 and (self.num_batches is None or step < self.num_batches)
-        number = batch_of(step, self.skip)
-        size, first = self.ramp.size(number), self.ramp.before(number)
+        size, first = self.ramp.size(step), self.ramp.before(step)
         assert size % hosts == 0, "rows split evenly over hosts"
         indices = np.arange(first + size * host // hosts, first + size * (host + 1) // hosts)
         spans = self.samples.spans(indices if self.samples.endless else indices[indices < self.samples.num_samples])
@@ -170,32 +217,29 @@ class Prefetch(Generic[T]):
     """`make(start)` ... `make(stop - 1)` in order, made up to `depth` ahead in a thread; each with the seconds its caller
     waited for it.
 
-    Depth 0 makes each value when it is asked for. An exception of `make` comes out where its value would have. `close`,
-    or leaving the `with` block, waits CLOSE_S for the value in the making, no longer: a file system that never answers
-    holds up neither the error on its way out nor the end of the process. Afterwards the iterator is exhausted.
+    An exception of `make` comes out where its value would have. `close`, or leaving the `with` block, waits CLOSE_S for the
+    value in the making, no longer: a file system that never answers holds up neither the error on its way out nor the end
+    of the process. Afterwards the iterator is exhausted.
     """
 
     def __init__(self, make: Callable[[int], T], *, start: int, stop: int, depth: int):
-        self._make, self._steps = make, iter(range(start, stop))
-        self._asked: SimpleQueue[tuple[int, Future[T]] | None] = SimpleQueue()
-        self._ahead: deque[Future[T]] = deque()
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        steps = range(start, stop)
+        self._left, self._room = len(steps), threading.Semaphore(depth)
+        self._made: SimpleQueue[Future[T]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(make, steps), name="prefetch", daemon=True)
         self._thread.start()
-        self._submit(depth)
 
-    def _submit(self, count: int) -> None:
-        for step in itertools.islice(self._steps, count):
-            self._ahead.append(Future())
-            self._asked.put((step, self._ahead[-1]))
-
-    def _work(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            step, made = asked
-            if made.set_running_or_notify_cancel():
-                try:
-                    made.set_result(self._make(step))
-                except BaseException as error:
-                    made.set_exception(error)
+    def _work(self, make: Callable[[int], T], steps: range) -> None:
+        for step in steps:
+            self._room.acquire()
+            if not self._left:  # closed
+                return
+            made: Future[T] = Future()
+            try:
+                made.set_result(make(step))
+            except BaseException as error:
+                made.set_exception(error)
+            self._made.put(made)
 
     def __iter__(self) -> Iterator[tuple[T, float]]:
         return self
@@ -203,22 +247,20 @@ class Prefetch(Generic[T]):
     def __next__(self) -> tuple[T, float]:
         start_s = time.perf_counter()
         try:
-            if not self._ahead:  # depth 0, or the end of the steps
-                return self._make(next(self._steps)), time.perf_counter() - start_s
-            value = self._ahead.popleft().result()
+            if not self._left:
+                raise StopIteration
+            value = self._made.get().result()
         except BaseException:
             self.close()
             raise
-        self._submit(1)
+        self._left -= 1
+        self._room.release()
         return value, time.perf_counter() - start_s
 
     def close(self) -> None:
         """End the thread; values that were made and not taken are dropped."""
-        self._steps = iter(())
-        for made in self._ahead:
-            made.cancel()
-        self._ahead.clear()
-        self._asked.put(None)
+        self._left = 0
+        self._room.release()
         self._thread.join(CLOSE_S)
 
     def __enter__(self) -> Prefetch[T]:

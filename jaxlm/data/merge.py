@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.indexed import IndexedDataset, IndexedWriter, existing
+from jaxlm.data.indexed import IndexedDataset, IndexedWriter, refuse_existing
 from jaxlm.settings import Parser, run_main
 
 _BLOCK_DOCUMENTS = 1 << 12
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the set to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a set that exists")
     options = parser.parse_args(argv)
-    if not options.overwrite and (problems := existing(options.output_prefix, [options.output_prefix])):
-        raise UserError(*problems)
+    if not options.overwrite:
+        refuse_existing(options.output_prefix, [options.output_prefix])
     merge(options.prefix, options.output_prefix)
     made = IndexedDataset(options.output_prefix)
     print(f"{made.prefix}: {made.num_documents:,} documents, {made.num_tokens:,} tokens of {made.dtype.name}")

@@ -8,6 +8,7 @@ the former state or a folder that the next run fills anew, to the same bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +19,7 @@ from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import open_exclusive, sync_folder, write_whole
-from jaxlm.data.documents import expand, parse, read_chunks
-from jaxlm.data.encode import Reader, Totals, write_documents
+from jaxlm.data.documents import Totals, expand, parse, read_chunks, write_documents
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from jaxlm.data.tokenizer import CharTokenizer, Tokenizer, build_chars, load_tokenizer
 
@@ -35,12 +35,7 @@ class Prepared:
 
 
 def prepare(
-    paths: tuple[str, ...],
-    *,
-    tokenizer_spec: str,
-    text_key: str,
-    folder: str | os.PathLike[str],
-    log: Callable[[str], object],
+    paths: tuple[str, ...], *, tokenizer_spec: str, text_key: str, folder: str | Path, log: Callable[[str], object]
 ) -> Prepared:
     """Tokenize the files that `paths` (files or globs) match into `folder`, or reuse what is there.
 
@@ -135,14 +130,13 @@ def _build(
         for path in files
     ]
     if chars := tokenizer is None:
-        chunks = (chunk for path in files for chunk in read_chunks(path))
-        texts = (text for chunk in chunks for text in parse(chunk, keys=(key,)).texts[0])
+        chunks = itertools.chain.from_iterable(map(read_chunks, files))
+        texts = (text for chunk in chunks for text in parse(chunk, keys=(key,))[0][0])
         tokenizer = build_chars(texts, file=str(folder / "chars.json"))
-    reader, totals = Reader(files), Totals()
+    totals = Totals()
     with IndexedWriter(folder / "corpus", dtype=optimal_dtype(tokenizer.vocab_size)) as writer:
-        write_documents(
-            reader, writers={key: writer}, tokenizer=tokenizer, append_eod=tokenizer.eod is not None, totals=totals
-        )
+        ends = tokenizer.eod is not None
+        speed = write_documents(files, writers={key: writer}, tokenizer=tokenizer, append_eod=ends, totals=totals)
         (folder / "manifest.json").unlink(missing_ok=True)  # from here until the new one there is no set
         sync_folder(folder)
         if chars and isinstance(tokenizer, CharTokenizer):
@@ -150,7 +144,7 @@ def _build(
     made = {"tokens": totals.tokens, "documents": totals.documents}
     _write_manifest(folder, {"settings": settings, "set": made, "sources": sources})
     tokens = f"{len(files)} files into {totals.tokens:,} tokens"
-    log(f"data: tokenized {tokens} ({reader.speed(totals)}): {folder / 'corpus'}.bin")
+    log(f"data: tokenized {tokens} ({speed}): {folder / 'corpus'}.bin")
     return tokenizer
 
 

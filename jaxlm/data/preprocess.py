@@ -19,9 +19,8 @@ from typing import Any
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.atomic import write_whole
-from jaxlm.data.documents import CHUNK_BYTES, expand
-from jaxlm.data.encode import Reader, Totals, write_documents
-from jaxlm.data.indexed import IndexedWriter, Mark, existing, optimal_dtype
+from jaxlm.data.documents import CHUNK_BYTES, Totals, expand, write_documents
+from jaxlm.data.indexed import IndexedWriter, Mark, optimal_dtype, refuse_existing
 from jaxlm.data.tokenizer import KINDS, load_tokenizer
 from jaxlm.settings import Parser, run_main
 
@@ -63,30 +62,31 @@ def run(options: argparse.Namespace) -> list[str]:
     journal = Journal(options, files, tokenizer.files)
     totals, marks = journal.read()
     if totals.chunks:
-        _to_stderr(f"going on after {totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents")
-    elif not options.overwrite and (problems := existing(options.output_prefix, list(prefixes.values()))):
-        raise UserError(*problems)
+        done = f"{totals.text_bytes / 1e6:.1f} MB of text, {totals.documents:,} documents"
+        print(f"going on after {done}", file=sys.stderr)
+    elif not options.overwrite:
+        refuse_existing(options.output_prefix, prefixes.values())
     if totals.bad > options.max_bad_lines:
         rule = f"{totals.bad} lines were skipped before the command ended, the first: {totals.bad_lines[0]}"
         remedy = f"allow as many, or begin anew: remove {journal.path}"
         raise UserError(Problem(f"--max-bad-lines {options.max_bad_lines}", rule, remedy))
-    reader = Reader(files, before=totals)
     dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
         opened = ((key, IndexedWriter(prefix, dtype=dtype, resume=marks.get(key))) for key, prefix in prefixes.items())
         writers = {key: stack.enter_context(writer) for key, writer in opened}
         try:
-            write_documents(
-                reader, writers=writers, tokenizer=tokenizer, append_eod=options.append_eod,
+            speed = write_documents(
+                files, writers=writers, tokenizer=tokenizer, append_eod=options.append_eod,
                 totals=totals, workers=options.workers, max_bad_lines=options.max_bad_lines,
                 on_shard=lambda: journal.write(totals, {key: writer.flush() for key, writer in writers.items()}),
             )  # fmt: skip
         except BaseException:
             if (kept := journal.read()[0]).chunks:
-                _to_stderr(f"{kept.text_bytes / 1e6:.1f} MB of text are done: the same command goes on from there")
+                done = f"{kept.text_bytes / 1e6:.1f} MB of text are done"
+                print(f"{done}: the same command goes on from there", file=sys.stderr)
             raise
     journal.path.unlink(missing_ok=True)
-    return _report(totals, writers, reader)
+    return _report(totals, writers, speed)
 
 
 class Journal:
@@ -115,21 +115,18 @@ class Journal:
 
 def _check(options: argparse.Namespace) -> None:
     keys, workers, bad = options.json_keys, options.workers, options.max_bad_lines
+    names = all(key and "/" not in key for key in keys)
     rules = (
         (workers >= 1, f"--workers {workers}", "must be at least 1"),
         (bad >= 0, f"--max-bad-lines {bad}", "must be at least 0"),
-        (
-            all(key and "/" not in key for key in keys),
-            f"--json-keys {keys}",
-            "are parts of file names: no slash, none empty",
-        ),
+        (names, f"--json-keys {keys}", "are parts of file names: no slash, none empty"),
         (len(set(keys)) == len(keys), f"--json-keys {keys}", "names a key twice"),
     )
     if problems := [Problem(where, rule, "mend the option") for holds, where, rule in rules if not holds]:
         raise UserError(*problems)
 
 
-def _report(totals: Totals, writers: dict[str, IndexedWriter], reader: Reader) -> list[str]:
+def _report(totals: Totals, writers: dict[str, IndexedWriter], speed: str) -> list[str]:
     lines = [f"skipped: {line}" for line in totals.bad_lines]
     if totals.bad > len(totals.bad_lines):
         lines.append(f"skipped: {totals.bad - len(totals.bad_lines):,} more bad lines")
@@ -138,11 +135,7 @@ def _report(totals: Totals, writers: dict[str, IndexedWriter], reader: Reader) -
     for writer in writers.values():
         counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype.name}"
         lines.append(f"wrote {writer.prefix}.bin and .idx: {counts}")
-    return [*lines, reader.speed(totals)]
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return [*lines, speed]
 
 
 def main(argv: Sequence[str]) -> int:

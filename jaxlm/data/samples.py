@@ -1,7 +1,7 @@
-"""Sample number to stretches of tokens, as a pure function of the seed: nothing to save, nothing to build.
+"""Sample number to stretches of tokens, as a pure function of the seed: nothing to save.
 
-A sample is a list of `Span`s, tokens to read one after the other. `Windows` here is the order of new runs; `megatron.py`
-has Megatron's, `packing.py` rows of whole documents, `blend.py` mixtures of any of them.
+A sample is a list of `Span`s, tokens to read one after the other. `Windows` is the order of new runs, `MegatronSamples`
+that of runs that come from Megatron.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxlm.data.indexed import IndexedDataset
 FEISTEL_ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 _PERMUTATION, _OFFSETS = 1, 2  # independent random streams of an epoch
+SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch of Megatron's that gives fewer is shuffled by itself
 
 
 class Span(NamedTuple):
@@ -106,17 +107,14 @@ class Windows:
 
     def __init__(self, ranges: Sequence[TokenRange], *, seq_len: int, seed: int, shuffle: bool):
         assert seq_len > 0
-        self.ranges = tuple(ranges)
-        self.seq_len = seq_len
-        self.seed = seed
-        self.endless = shuffle
+        self.ranges, self.seq_len, self.seed, self.endless = tuple(ranges), seq_len, seed, shuffle
         sizes = np.array([r.num_tokens for r in self.ranges], np.int64)
-        # An offset up to seq_len - 1 costs a shuffled range one window, unless it has only one.
-        windows = np.maximum((sizes - 1) // seq_len, 0)
-        self.windows = np.where(windows > 1, sizes // seq_len - 1, windows)
-        if not shuffle:
+        if shuffle:  # an offset up to seq_len - 1 costs a range one window, unless it has only one
+            windows = np.maximum((sizes - 1) // seq_len, 0)
+            self.windows = np.where(windows > 1, sizes // seq_len - 1, windows)
+            self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1).astype(np.uint64)
+        else:
             self.windows = np.maximum(-(-(sizes - 1) // seq_len), 0)
-        self._num_offsets = np.where(self.windows > 0, sizes - self.windows * seq_len, 1)
         self._starts, self._ends = np.array([r.start for r in self.ranges], np.int64), np.cumsum(self.windows)
         self.num_samples = int(self.windows.sum())
         if self.num_samples == 0:
@@ -131,13 +129,72 @@ class Windows:
         first = self._starts[which] + (windows - (self._ends - self.windows)[which]) * self.seq_len
         for epoch in np.unique(epochs).tolist() if self.endless else ():
             here = epochs == epoch
-            first[here] += self._offsets(epoch)[which[here]]
+            offsets = random_words(len(self.ranges), self.seed, epoch, _OFFSETS) % self._num_offsets
+            first[here] += offsets.astype(np.int64)[which[here]]
         parts, length = (self.ranges[k] for k in which.tolist()), self.seq_len + 1
         return [[Span(part.dataset, a, min(a + length, part.stop))] for part, a in zip(parts, first.tolist())]
 
-    def _offsets(self, epoch: int) -> np.ndarray:
-        words = random_words(len(self.ranges), self.seed, epoch, _OFFSETS)
-        return (words % self._num_offsets.astype(np.uint64)).astype(np.int64)
+
+class MegatronSamples:
+    """Megatron's GPTDataset, sample for sample: a run that moves here sees the rows it would have seen there.
+
+    The samples of some sequences of a set ("documents" in Megatron's words): at least `num_samples`, or with None those
+    of one epoch. A number beyond what there is starts again from the first. One stream of numpy's RandomState(seed), whose
+    numbers never change, shuffles first the documents of all epochs and then the samples cut from their concatenation.
+    Where sample j begins is not stored but looked up in the running sum of lengths.
+
+    Attributes: `num_samples` there are; `document_index`, int32, sequences in the order they are read; `shuffle_index`,
+    which cut of that order a sample is.   Raises: UserError if there are not seq_len + 1 tokens.
+    Source: Megatron-LM, core/datasets/gpt_dataset.py.
+    """
+
+    separate = False
+    endless = True
+
+    def __init__(self, part: TokenRange, *, seq_len: int, seed: int, num_samples: int | None):
+        self.dataset, self.seq_len, per_epoch = part.dataset, seq_len, part.num_tokens
+        if per_epoch < seq_len + 1:
+            refuse_short([part], seq_len)
+        epochs = 1 if num_samples is None else max(-(-(num_samples * seq_len + 1) // per_epoch), 1)
+        self.num_samples = (epochs * per_epoch - 1) // seq_len
+        before_last = ((epochs - 1) * per_epoch - 1) // seq_len
+        share = int(SEPARATE_BELOW * ((per_epoch - 1) // seq_len))
+        alone = epochs > 1 and num_samples is not None and num_samples - before_last < share
+        random = np.random.RandomState(seed)
+        self.document_index = np.tile(np.arange(part.sequences.start, part.sequences.stop, dtype=np.int32), epochs)
+        last_epoch = (epochs - 1) * len(part.sequences) if alone else 0
+        self._shuffle(random, self.document_index, last_epoch)
+        self._ends = np.cumsum(self.dataset.lengths[self.document_index], dtype=np.int64)
+        dtype = np.uint32 if self.num_samples < 2**32 - 2 else np.int64
+        self.shuffle_index = np.arange(self.num_samples, dtype=dtype)
+        self._shuffle(random, self.shuffle_index, before_last if alone else 0)
+
+    @staticmethod
+    def _shuffle(random: np.random.RandomState, values: np.ndarray, cut: int) -> None:
+        """Shuffles values[:cut], then values[cut:]; of no numbers, it draws none."""
+        for part in (values[:cut], values[cut:]):
+            random.shuffle(part)
+
+    def sample_index(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where cut j begins: its place in `document_index`, and the token within that document."""
+        position = np.minimum(np.asarray(cuts, np.int64) * self.seq_len, int(self._ends[-1]) - 1)
+        place = np.searchsorted(self._ends, position, side="right")
+        return place, position - (self._ends[place] - self.dataset.lengths[self.document_index[place]])
+
+    def spans(self, indices: Sequence[int] | np.ndarray) -> list[list[Span]]:
+        cuts = self.shuffle_index[np.asarray(indices, np.int64) % self.num_samples]
+        return [self._spans(*start) for start in zip(*(column.tolist() for column in self.sample_index(cuts)))]
+
+    def _spans(self, place: int, offset: int) -> list[Span]:
+        spans, missing = [], self.seq_len + 1
+        while missing:
+            document = self.document_index[place : place + 1]
+            length = min(int(self.dataset.lengths[document[0]]) - offset, missing)
+            start = int(self.dataset.first_tokens(document)[0]) + offset
+            if length:
+                spans.append(Span(self.dataset, start, start + length))
+            place, offset, missing = place + 1, 0, missing - length
+        return spans
 
 
 def refuse_short(ranges: Sequence[TokenRange], seq_len: int) -> NoReturn:

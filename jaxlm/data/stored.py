@@ -56,9 +56,9 @@ def _ask(url: str, byte_range: slice | None = None) -> Any:
 def _answer(url: str, asked: Any) -> bytes:
     try:
         found = asked.result()
-        why = "does not exist" if found.state == "missing" else ""
+        if found.state != "missing":
+            return found.value
+        rule = "does not exist"
     except Exception as error:  # whatever the store raises
-        found, why = None, f"cannot be read: {error}"
-    if found is None or why:
-        raise UserError(Problem(url, why, "check the address, the network and your credentials"))
-    return found.value
+        rule = f"cannot be read: {error}"
+    raise UserError(Problem(url, rule, "check the address, the network and your credentials"))

@@ -29,15 +29,13 @@ EOD_NAMES = (EOD_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "
 
 
 class Tokenizer(abc.ABC):
-    """Ids are int32 in [0, vocab_size)."""
+    """Ids are int32 in [0, vocab_size); `eod` marks the end of a document; `files` are what it was read from.
+
+    `load_tokenizer(spec)` gives an equal tokenizer, in any process with the same working directory.
+    """
 
     def __init__(self, spec: str, vocab_size: int, eod: int | None, files: tuple[str, ...] = ()):
-        self.spec = (
-            spec  # load_tokenizer(spec) gives an equal tokenizer, in any process with the same working directory
-        )
-        self.vocab_size = vocab_size
-        self.eod = eod  # marks the end of a document
-        self.files = files  # what it was read from
+        self.spec, self.vocab_size, self.eod, self.files = spec, vocab_size, eod, files
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int32[n]. Raises: UserError if the text has an unpaired surrogate."""
@@ -243,10 +241,11 @@ def _published_gpt2(vocab: str, merges: str) -> Any:
     if any(hashlib.sha256(Path(path).read_bytes()).hexdigest() not in _GPT2_SHA256 for path in (vocab, merges)):
         return None
     import tiktoken
+    import tokenizers
 
-    shown = [byte for byte in range(256) if byte in range(33, 127) or byte in range(161, 173) or byte >= 174]
-    symbols = [*map(chr, shown), *map(chr, range(256, 512 - len(shown)))]  # how the file spells bytes
-    spelled = dict(zip(symbols, [*shown, *sorted(set(range(256)) - set(shown))], strict=True))
+    # the file spells bytes that are printable characters as those, and the others by the code points from 256 on
+    in_order = sorted(range(256), key=lambda byte: byte == ord(" ") or not chr(byte).isprintable())
+    spelled = dict(zip(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), in_order, strict=True))
     ids = json.loads(Path(vocab).read_bytes())
     special = {EOD_TEXT: ids.pop(EOD_TEXT)}
     ranks = {bytes(spelled[symbol] for symbol in word): number for word, number in ids.items()}

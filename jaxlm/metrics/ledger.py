@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.metrics.numbers import duration_text
+from jaxlm.metrics.text import duration_text
 
 FILE_NAME = "time.jsonl"
 EVERY_S = 10.0

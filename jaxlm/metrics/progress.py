@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from jaxlm.metrics.numbers import count_text, duration_text, loss_text
+from jaxlm.metrics.text import count_text, duration_text, loss_text
 
 LIVE_INTERVAL_S = 0.1
 PLAIN_INTERVAL_S = 2.0

@@ -3,7 +3,8 @@
 A row holds ModelConfig values; config layers it under the file and the command line. Counts exclude vocabulary padding.
 Sources: GPT-2, Radford et al. 2019 and its released weights; GPT-3, Brown et al., arXiv:2005.14165, table 2.1 (all layers
 dense here; 1.3B with 16 heads of 128 and 13B with width 5120, as the table's heads times width require); BLOOM, BigScience,
-arXiv:2211.05100, table 3 and its released weights; Llama 2, Touvron et al., arXiv:2307.09288 and its released weights.
+arXiv:2211.05100, table 3 and its released weights; Llama 2, Touvron et al., arXiv:2307.09288 and its released weights;
+Llama 3, Grattafiori et al., arXiv:2407.21783, table 3 and its released weights (8,192 positions, as first released).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ LLAMA = dict(
     position="rope", norm="rmsnorm", activation="swiglu", use_bias=False, tie_embeddings=False, vocab_size=32000,
     max_seq_len=4096,
 )  # fmt: skip
+LLAMA3 = LLAMA | dict(vocab_size=128256, max_seq_len=8192, rope_theta=500_000.0)
 
 
 def _size(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -50,6 +52,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "llama2-7b": LLAMA | _size(32, 4096, 32, mlp_dim=11008, num_kv_heads=32),
     "llama2-13b": LLAMA | _size(40, 5120, 40, mlp_dim=13824, num_kv_heads=40),
     "llama2-70b": LLAMA | _size(80, 8192, 64, mlp_dim=28672, num_kv_heads=8),
+    "llama3-8b": LLAMA3 | _size(32, 4096, 32, mlp_dim=14336, num_kv_heads=8),
+    "llama3-70b": LLAMA3 | _size(80, 8192, 64, mlp_dim=28672, num_kv_heads=8),
 }
 
 PUBLISHED_PARAMS = {
@@ -59,4 +63,5 @@ PUBLISHED_PARAMS = {
     "bloom-560m": 559_214_592, "bloom-1b1": 1_065_314_304, "bloom-1b7": 1_722_408_960, "bloom-3b": 3_002_557_440,
     "bloom-7b1": 7_069_016_064, "bloom-176b": 176_247_271_424,
     "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496,
 }  # fmt: skip

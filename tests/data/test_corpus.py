@@ -15,9 +15,8 @@ from jaxlm.checks import check, ignored
 from jaxlm.config import Config, DataConfig, ModelConfig, Problem, TrainConfig, UserError, derived
 from jaxlm.data.blend import Blend
 from jaxlm.data.corpus import evaluation_loader, open_corpus, parse_train, sets_read, training_loader
-from jaxlm.data.megatron import MegatronSamples
 from jaxlm.data.packing import Packed
-from jaxlm.data.samples import Windows
+from jaxlm.data.samples import MegatronSamples, Windows
 
 EOD = 256
 
@@ -123,7 +122,7 @@ def test_megatron_shuffles_as_one_all_that_a_run_with_skipped_batches_reads(sets
         c = config(dict(train=(sets[0],), order="megatron", skip_steps=skip), num_steps=steps)
         loader = training_loader(c, open_corpus(c, tmp_path, print))
         rows.append([loader.batch(step).tokens.tolist() for step in range(steps)])
-        assert loader.first_sample(steps - 1) + 4 <= loader.samples.num_samples  # none comes from beyond the end
+        assert loader.ramp.before(steps - 1) + 4 <= loader.samples.num_samples  # none comes from beyond the end
     assert rows[1] == rows[0][:2] + rows[0][7:]
 
 

@@ -17,8 +17,7 @@ from jaxlm.config import UserError
 from jaxlm.data import blend
 from jaxlm.data.blend import Blend, Greedy
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.megatron import MegatronSamples
-from jaxlm.data.samples import TokenRange, split
+from jaxlm.data.samples import MegatronSamples, TokenRange, split
 
 MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25)

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import UserError
-from jaxlm.data.loader import Loader
+from jaxlm.data.loader import Loader, Ramp
 from jaxlm.data.packing import Packed, best_fit
-from jaxlm.data.ramp import Ramp
 from jaxlm.data.samples import whole
 
 EOD = 99

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import UserError
-from jaxlm.data import encode
+from jaxlm.data import documents
 from jaxlm.data import prepare as prepare_module
 from jaxlm.data.indexed import IndexedDataset
 from jaxlm.data.prepare import Prepared, prepare
@@ -59,7 +59,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise AssertionError("a source was read")
 
         monkeypatch.setattr(prepare_module, "read_chunks", fail)
-        monkeypatch.setattr(encode, "read_chunks", fail)
+        monkeypatch.setattr(documents, "read_chunks", fail)
         monkeypatch.setattr(prepare_module, "_sha256", fail)
 
     return forbid

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data.ramp import Ramp, in_force
+from jaxlm.data.loader import Ramp, in_force
 
 
 def megatron_sizes(final: int, start: int, increment: int, samples: int, steps: int) -> list[int]:

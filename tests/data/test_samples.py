@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from jaxlm.config import UserError
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.loader import Loader
-from jaxlm.data.ramp import Ramp
+from jaxlm.data.loader import Loader, Ramp
 from jaxlm.data.samples import Samples, TokenRange, Windows, permute, random_words, split
 
 QUICK = settings(deadline=None, max_examples=60)

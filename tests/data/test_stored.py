@@ -11,11 +11,9 @@ import pytest
 from jaxlm.config import UserError
 from jaxlm.data import merge, verify
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter
-from jaxlm.data.loader import Loader
-from jaxlm.data.megatron import MegatronSamples
+from jaxlm.data.loader import Loader, Ramp
 from jaxlm.data.packing import Packed
-from jaxlm.data.ramp import Ramp
-from jaxlm.data.samples import Windows, whole
+from jaxlm.data.samples import MegatronSamples, Windows, whole
 
 
 @pytest.fixture

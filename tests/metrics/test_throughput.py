@@ -7,10 +7,8 @@ import sys
 
 import pytest
 
-from jaxlm.metrics.chips import CHIPS, peak_flops_per_s
-from jaxlm.metrics.flops import flops_per_token, mfu
-from jaxlm.metrics.meter import StepMeter
-from jaxlm.metrics.numbers import count_text, duration_text, loss_text
+from jaxlm.metrics.text import count_text, duration_text, loss_text
+from jaxlm.metrics.throughput import CHIPS, StepMeter, flops_per_token, mfu, peak_flops_per_s
 
 GPT2 = {"num_layers": 12, "num_heads": 12, "head_dim": 64, "seq_len": 1024}
 
@@ -101,7 +99,7 @@ def test_numbers_read_as_people_write_them():
 
 
 def test_the_room_loads_no_device_library():
-    check = "import sys, jaxlm.report, jaxlm.metrics.progress, jaxlm.metrics.meter; " + (
+    check = "import sys, jaxlm.report, jaxlm.metrics.progress, jaxlm.metrics.throughput; " + (
         "print(sorted({'jax', 'tensorflow', 'clu', 'torch', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
