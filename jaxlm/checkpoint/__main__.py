@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from jaxlm.checkpoint import layout, manifest
 from jaxlm.checkpoint.layout import METRIC, Retention, committed_steps, superseded
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest, described
-from jaxlm.checkpoint.restore import TABLE_ROWS, changed, check_sums, newest_manifest, read_leaves
+from jaxlm.checkpoint.restore import TABLE_ROWS, changed, check_sums, newest_manifest, read_leaves, step_path
 from jaxlm.checkpoint.space import bytes_text
 from jaxlm.checkpoint.store import CheckpointStore
 from jaxlm.config import Exit, Problem, UserError
@@ -85,9 +85,7 @@ def verify(args: argparse.Namespace) -> int:
     """Reads every array of a step and compares it with its checksum; names the files and arrays that are bad."""
     results = {}
     for step in args.steps or committed_steps(args.workdir / "checkpoints"):
-        path = _step(args.workdir, step)
-        with _bar(path) as bar:
-            found = results[step] = [str(damage) for damage in _damages(path, bar.update)]
+        found = results[step] = [str(damage) for damage in _damages(_step(args.workdir, step))]
         if not args.json:
             print(f"step {step}: " + ("\n  ".join(["DAMAGED", *found]) if found else "sound"))
     if args.json:
@@ -104,8 +102,7 @@ def diff(args: argparse.Namespace) -> int:
     paths = _step(args.workdir, one), _step(args.other or args.workdir, other)
     a, b = map(_settings, map(manifest.read, paths))
     settings = {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
-    with _bar(paths[0]) as bar:
-        arrays = _differences(*paths, bar.update)
+    arrays = _differences(*paths)
     if args.json:
         print(json.dumps({"settings": settings, "arrays": arrays}, indent=1))
         return EXIT_DIFFERENT if arrays or settings else 0
@@ -129,13 +126,11 @@ def export(args: argparse.Namespace) -> int:
         rule = f"holds checkpoints already, of steps {', '.join(map(str, there))}"
         raise UserError(Problem(f"--output={output}", rule, "name an empty folder"), exit_code=Exit.UNUSABLE)
     cast: dict[str, jax.Array] = {}  # the host holds what is written
-    with _bar(path) as bar:
-        for batch in _batches({name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
-            loaded = _read(path, batch)
-            check_sums(path, batch, loaded)
-            for name, x in loaded.items():
-                cast[name] = x.astype(args.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            bar.update(_bytes(*batch.values()))
+    for batch in _batches(path, {name: leaf for name, leaf in source.leaves.items() if name.startswith(PARAMS)}):
+        loaded = _read(path, batch)
+        check_sums(path, batch, loaded)
+        for name, x in loaded.items():
+            cast[name] = x.astype(args.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     output.mkdir(parents=True, exist_ok=True)
     with RunLock(output) as lock, CheckpointStore(output / "checkpoints", lock=lock) as store:
         store.save(source.step, cast, metadata=source.metadata | {"export": {"dtype": args.dtype, "from": str(path)}})
@@ -203,31 +198,18 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _step(workdir: Path, step: int) -> Path:
-    steps = committed_steps(workdir / "checkpoints")
-    if step not in steps:
-        rule, remedy = f"holds no checkpoint of step {step}", f"it has steps {', '.join(map(str, steps))}"
-        raise UserError(Problem(str(workdir), rule, remedy), exit_code=Exit.UNUSABLE)
-    return workdir / "checkpoints" / str(step)
+    return step_path(workdir / "checkpoints", step)
 
 
-def _bar(path: Path) -> tqdm:
-    """Bytes of arrays read."""
-    total = 0
-    with contextlib.suppress(Damage):
-        total = _bytes(*manifest.read(path).leaves.values())
-    return progress_bar(total, f"step {path.name}", "B", unit_scale=True)
-
-
-def _damages(path: Path, advance: Callable[[int], Any]) -> list[Damage]:
+def _damages(path: Path) -> list[Damage]:
     """Everything that is wrong with the step in `path`.   Raises: Damage if a run deleted it meanwhile."""
     try:
         saved = manifest.read(path).leaves
     except Damage as damage:
         return [damage]
     found: list[Damage] = []
-    for batch in _batches(saved):
+    for batch in _batches(path, saved):
         found += _damaged_arrays(path, batch)
-        advance(_bytes(*batch.values()))
     if not layout.is_committed(path):
         raise Damage(path, "was deleted while it was read")
     return found
@@ -245,7 +227,7 @@ def _damaged_arrays(path: Path, leaves: dict[str, Leaf]) -> Iterator[Damage]:
                 yield Damage(path, f"{name} can't be read: {damage.reason}")
 
 
-def _differences(one: Path, other: Path, advance: Callable[[int], Any]) -> list[dict[str, Any]]:
+def _differences(one: Path, other: Path) -> list[dict[str, Any]]:
     """Arrays that differ between two steps, in the first's order. Equal checksums are equal arrays and are not read.
 
     largest, relative: of the absolute difference, and that over the first's largest value; None where shapes or dtypes
@@ -253,30 +235,37 @@ def _differences(one: Path, other: Path, advance: Callable[[int], Any]) -> list[
     """
     a, b = manifest.read(one).leaves, manifest.read(other).leaves
     found = []
-    for name in a | b:
-        x, y = a.get(name), b.get(name)
-        row = {"name": name, "one": described(x), "other": described(y), "largest": None, "relative": None}
-        if row["one"] != row["other"]:
-            found.append(row)
-        elif x is not None and x != y:
-            first, second = (np.asarray(_read(path, {name: x})[name], np.float64) for path in (one, other))
-            largest, scale = (float(np.abs(values).max()) for values in (first - second, first))
-            if largest != 0:
-                found.append(row | {"largest": largest, "relative": largest / scale if scale else math.inf})
-        advance(_bytes(x or b[name]))
+    with _bar(one, a | b) as bar:
+        for name, leaf in (a | b).items():
+            x, y = a.get(name), b.get(name)
+            row = {"name": name, "one": described(x), "other": described(y), "largest": None, "relative": None}
+            if row["one"] != row["other"]:
+                found.append(row)
+            elif x != y:
+                first, second = (np.asarray(_read(path, {name: leaf})[name], np.float64) for path in (one, other))
+                largest, scale = (float(np.abs(values).max()) for values in (first - second, first))
+                if largest != 0:
+                    found.append(row | {"largest": largest, "relative": largest / scale if scale else math.inf})
+            bar.update(_bytes(leaf))
     return found
 
 
-def _batches(leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:
-    """`leaves` in order, as many at a time as fit into BATCH_BYTES, one at least."""
+def _batches(path: Path, leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]]:
+    """`leaves` of the step in `path` in order, as many at a time as fit into BATCH_BYTES, one at least."""
     batch: dict[str, Leaf] = {}
-    for name, leaf in leaves.items():
-        if batch and _bytes(*batch.values(), leaf) > BATCH_BYTES:
+    with _bar(path, leaves) as bar:
+        for name, leaf in leaves.items():
+            if batch and _bytes(*batch.values(), leaf) > BATCH_BYTES:
+                yield batch
+                bar.update(_bytes(*batch.values()))
+                batch = {}
+            batch[name] = leaf
+        if batch:
             yield batch
-            batch = {}
-        batch[name] = leaf
-    if batch:
-        yield batch
+
+
+def _bar(path: Path, leaves: Mapping[str, Leaf]) -> tqdm:
+    return progress_bar(_bytes(*leaves.values()), f"step {path.name}", "B", unit_scale=True)
 
 
 def _read(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:

@@ -87,12 +87,12 @@ class RunLock:
         """Whether another run has taken over. A lock file that somebody removed is made again, if no other run was faster."""
         with self._looks:
             try:
-                numbers = self._numbers()
-                if not (numbers or self._gone):
+                newest = self._newest()
+                if not (newest or self._gone):
                     log.warning("%s: lock.%d was removed, and is made again", self.workdir, self._number)
                     self._file.close()
                     self._take()
-                elif numbers[-1:] != [self._number] or _read(self._path(self._number)) not in (self._holder, None):
+                elif newest != self._number or _read(self._path(newest)) not in (self._holder, None):
                     self._gone = True
             except UserError:
                 self._gone = True
@@ -103,7 +103,7 @@ class RunLock:
     def check(self) -> None:
         """Raises UserError (exit code 3) if another run has taken over."""
         if self.lost:
-            holder = _read(self._path((self._numbers() or [0])[-1]))
+            holder = _read(self._path(self._newest()))
             by = f"by {holder.host}, pid {holder.pid}, since {holder.since}" if holder else "by another run"
             rule = f"was taken over {by}: this run writes nothing more"
             raise UserError(Problem(f"--workdir={self.workdir}", rule, "stop one of the two"), exit_code=Exit.UNUSABLE)
@@ -136,7 +136,7 @@ class RunLock:
 
     def _claim(self, own: Path) -> bool:
         """Makes `own` the next lock file. False if somebody was faster: look again."""
-        newest = (self._numbers() or [0])[-1]
+        newest = self._newest()
         if newest and not self._force and not self._is_free(newest, own):
             time.sleep(LOOK_S)
             return False
@@ -144,7 +144,7 @@ class RunLock:
             os.link(own, self._path(newest + 1))
         except FileExistsError:
             return False
-        if self._numbers()[-1] != newest + 1:  # we looked long ago: others came, went on and tidied up meanwhile
+        if self._newest() != newest + 1:  # we looked long ago: others came, went on and tidied up meanwhile
             self._path(newest + 1).unlink(missing_ok=True)
             return False
         self._number = newest + 1
@@ -192,7 +192,10 @@ class RunLock:
                     log.warning("the heartbeat of %s failed: %s", self._path(self._number), error)
 
     def _numbers(self) -> list[int]:
-        return sorted(int(m[1]) for entry in os.listdir(self.workdir) if (m := NAME.fullmatch(entry)))
+        return [int(m[1]) for entry in os.listdir(self.workdir) if (m := NAME.fullmatch(entry))]
+
+    def _newest(self) -> int:
+        return max(self._numbers(), default=0)
 
     def _path(self, number: int) -> Path:
         return self.workdir / f"lock.{number}"

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ from jaxlm.parallel.gang import SOLO, Gang
 from jaxlm.settings import columns
 
 log = logging.getLogger("jaxlm.checkpoint")
-
-T = TypeVar("T")
 
 TABLE_ROWS = 20  # of a mismatch table; the rest is counted
 
@@ -85,16 +83,23 @@ def restore(directory: str | Path, abstract: Any, *, step: int | None, part: str
     directory = Path(directory).absolute()
     if step is None and (found := restore_latest_good(directory, abstract, part=part)) is not None:
         return found
+    path = step_path(directory, step)
+    try:
+        return _load(path, abstract, part)
+    except Damage as damage:
+        steps = ", ".join(map(str, committed_steps(directory)))
+        remedy = f"it has steps {steps}; python -m jaxlm.checkpoint verify says which are sound"
+        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
+
+
+def step_path(directory: Path, step: int | None) -> Path:
+    """Where a step of `directory` lies.   Raises: UserError (exit code 3) naming those it has if it has not this one."""
     steps = committed_steps(directory)
     if step not in steps:
         rule = "holds no checkpoint" if step is None else f"holds no checkpoint of step {step}"
         remedy = f"it has steps {', '.join(map(str, steps))}" if steps else "train first, or point to another --workdir"
         raise UserError(Problem(str(directory), rule, remedy), exit_code=Exit.UNUSABLE)
-    try:
-        return _load(directory / str(step), abstract, part)
-    except Damage as damage:
-        remedy = f"it has steps {', '.join(map(str, steps))}; python -m jaxlm.checkpoint verify says which are sound"
-        raise UserError(Problem(str(damage.path), damage.reason, remedy), exit_code=Exit.UNUSABLE) from damage
+    return directory / str(step)
 
 
 def read_leaves(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -153,7 +158,7 @@ def _load(path: Path, abstract: Any, part: str, gang: Gang = SOLO) -> Restored:
     return Restored(int(path.name), jax.tree.unflatten(jax.tree.structure(abstract), leaves), found.metadata)
 
 
-def _everywhere(gang: Gang, path: Path, read: Callable[[], T]) -> T:
+def _everywhere(gang: Gang, path: Path, read: Callable[[], Any]) -> Any:
     """What `read` gives. Damage in every process where it is Damage in one, so that all of them pass over the same steps."""
     result, damage = None, None
     try:
@@ -163,7 +168,7 @@ def _everywhere(gang: Gang, path: Path, read: Callable[[], T]) -> T:
     damaged = gang.settle(f"reading {path}", damage is not None, lambda each: [i for i, bad in enumerate(each) if bad])
     if damaged:
         raise damage or Damage(path, f"process {damaged[0]} ({gang.names[damaged[0]]}) found it damaged")
-    return cast(T, result)
+    return result
 
 
 def _as_exported(wanted: Any, saved: Any) -> Any:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from jaxlm.config import Exit, Problem, UserError
+from jaxlm.config import Exit, HostsConfig, Problem, UserError
 
 BEATS = 5  # messages in heartbeat_s
 LEAVE_S = 1.0  # for the last words: of those whose main thread has an error of its own to print, and of `at_end`
@@ -31,15 +31,7 @@ END = "the end of the run"
 CLOSED = "closed its connection, as a process does that was killed or failed"
 RERUN = "the same command on every host goes on from the newest checkpoint"
 LOOPBACK = ("127.0.0.1", "localhost")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds: until all processes are there; of silence until one counts as gone; that they wait for one another."""
-
-    join_s: float = 300.0
-    heartbeat_s: float = 60.0
-    wait_s: float = 1800.0
+Limits = HostsConfig
 
 
 def free_port() -> int:

@@ -20,8 +20,8 @@ class Votes:
     same point of their loops, so what they decide by them is the same.
     """
 
-    def __init__(self, num_values: int):
-        self._num_values, self._last = num_values, None
+    def __init__(self):
+        self._last = None
         mesh = Mesh(np.asarray(jax.devices()), ("device",))
         self._spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("device",), ()))
         owners = [device.process_index for device in jax.devices()]
@@ -29,9 +29,9 @@ class Votes:
         self._gather = jax.jit(lambda table: table, out_shardings=whole)
 
     def cast(self, values: Sequence[float]) -> np.ndarray | None:
-        """Says `values`; f32[processes, num_values] as they were said the time before, None the first time."""
-        before, shape = self._last, (jax.local_device_count(), self._num_values)
-        local = np.broadcast_to(np.asarray(values, np.float32), shape)
+        """Says `values`; f32[processes, values] as they were said the time before, None the first time."""
+        before = self._last
+        local = np.tile(np.asarray(values, np.float32), (jax.local_device_count(), 1))
         with jax.transfer_guard("allow"):  # a few bytes, meant
             self._last = self._gather(jax.make_array_from_process_local_data(self._spread, local))
         return None if before is None else np.asarray(jax.device_get(before))[self._rows]
@@ -47,7 +47,7 @@ class Asked:
 
     def __init__(self, asked: Callable[[], int | None], gang: Gang):
         self._asked, self._gang, self._code = asked, gang, None
-        self._votes = Votes(num_values=2) if gang.count > 1 else None
+        self._votes = Votes() if gang.count > 1 else None
         self._heard_s = self._began_s = time.monotonic()
         self._own_s, self._taken_s, self._num_taken = 0.0, np.zeros(gang.count), 0
         self._named: set[int] = set()
