@@ -24,14 +24,14 @@ def run_and_kill(directory: Path, delay_s: float) -> list[tuple[str, int]]:
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, str(HERE / "killer.py"), str(directory)]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
+    assert child.stdout is not None and child.stderr is not None
     lines = [child.stdout.readline()]
     while lines[-1] and not lines[-1].startswith("committed"):
         lines.append(child.stdout.readline())
     time.sleep(delay_s)
     child.kill()
-    rest, errors = child.communicate()
-    assert child.returncode == -9, errors
+    rest, errors = child.stdout.read(), child.stderr.read()  # `communicate` knows nothing of what readline has read ahead
+    assert child.wait() == -9, errors
     # The kill may cut the last line short; a line that the reader did not get whole was never reported.
     words = [line.split() for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith("\n")]
     assert words and words[0][0] == "resumed", errors
