@@ -78,16 +78,17 @@ class Row:
         return (stages - 1) / int(self.settings["pipeline.microbatches"]) if stages > 1 else 0.0
 
 
-def _sharded(model: str, config: str, rows: Mapping[str, int], kept: Sequence[str]) -> list[Row]:
-    """A row for each of `rows`, {mesh: rows a GPU}; those `kept` recompute what is not products' or attention's."""
+def _sharded(model: str, config: str, rows: Mapping[str, int], remat: Mapping[str, str]) -> list[Row]:
+    """A row for each of `rows`, {mesh: rows a GPU}; remat: of those that would not fit without."""
     made = []
     for text, each in rows.items():
         mesh = {axis: int(degree) for axis, degree in (part.split("=") for part in text.split(","))}
         total = each * math.prod(mesh.values())
-        settings = {"model.remat": KEEP if text in kept else "none"}
+        settings = {"model.remat": remat.get(text, "none")}
         if "pipeline" in mesh:
-            pieces = total // mesh.get("fsdp", 1)
-            settings |= {"pipeline.microbatches": str(pieces)}
+            settings |= {"pipeline.microbatches": str(total // mesh.get("fsdp", 1))}
+        if "pipeline" in mesh and "fsdp" in mesh:
+            settings |= {"mesh.zero": "2"}  # or every microbatch gathers the weights and scatters their gradients
         made.append(Row(model, config, mesh, total, settings))
     return made
 
@@ -107,13 +108,13 @@ TABLE = [
             "fsdp=2": 2, "model=2": 2, "fsdp=4": 2, "data=2,fsdp=2": 2, "fsdp=2,model=2": 2, "fsdp=8": 2, "data=2,fsdp=4": 2,
             "fsdp=4,model=2": 2, "pipeline=2,fsdp=4": 8, "pipeline=4,model=2": 8,
         },
-        kept=("fsdp=2", "model=2", "data=2,fsdp=2"),
+        remat=dict.fromkeys(("fsdp=2", "model=2", "data=2,fsdp=2"), KEEP),
     ),
     *_sharded(
         "llama3-8b",
         "configs/llama3.py:8b",
         {"fsdp=4": 1, "fsdp=8": 1, "data=2,fsdp=4": 1, "fsdp=4,model=2": 1, "pipeline=2,fsdp=4": 4, "pipeline=4,model=2": 4},
-        kept=(),
+        remat={"pipeline=2,fsdp=4": "full"},
     ),
     *_replicas("gpt2-124m", "configs/gpt2.py:124m", 32),
     *_replicas("gpt2-355m", "configs/gpt2.py:355m", 16),
