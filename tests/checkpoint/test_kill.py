@@ -30,7 +30,10 @@ def run_and_kill(directory: Path, delay_s: float) -> list[tuple[str, int]]:
         lines.append(child.stdout.readline())
     time.sleep(delay_s)
     child.kill()
-    rest, errors = child.stdout.read(), child.stderr.read()  # `communicate` knows nothing of what readline has read ahead
+    rest, errors = (
+        child.stdout.read(),
+        child.stderr.read(),
+    )  # `communicate` knows nothing of what readline has read ahead
     assert child.wait() == -9, errors
     # The kill may cut the last line short; a line that the reader did not get whole was never reported.
     words = [line.split() for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith("\n")]
