@@ -15,6 +15,7 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   parallel/                                     mesh, sharding table, attention over a mesh, several processes
   guards.py                                     signals, watchdog, errors on the way out
   settings.py checks.py config.py               from files and flags to frozen dataclasses
+  files.py                                      files that appear whole or not at all
 """
 
 __version__ = "0.1.0"

@@ -14,8 +14,8 @@ import jax
 import jaxlm
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
+from jaxlm.files import write_whole
 from jaxlm.metrics.throughput import flops_per_token
-from jaxlm.metrics.writer import write_atomically
 from jaxlm.parallel.describe import Parameter, bytes_a_device, collectives_table, communication_summary, parameter_table
 from jaxlm.parallel.hlo import Collective
 from jaxlm.session import kernel_facts
@@ -122,5 +122,5 @@ def layout_text(program: Program, found: list[Collective]) -> str:
 
 def write_down(workdir: Path, resolved: Resolved, program: Program, found: list[Collective], facts: dict) -> None:
     """config.json and layout.txt: what this start trains with."""
-    write_atomically(workdir / "config.json", to_json(resolved, facts).encode())
-    write_atomically(workdir / LAYOUT_FILE, layout_text(program, found).encode())
+    write_whole(workdir / "config.json", to_json(resolved, facts).encode())
+    write_whole(workdir / LAYOUT_FILE, layout_text(program, found).encode())

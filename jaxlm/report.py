@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.config import Problem, UserError
+from jaxlm.files import mendable, write_whole
 from jaxlm.metrics.ledger import PHASES, Account, read_account
 from jaxlm.metrics.summary import Point, Summary, points, smoothed, summarize
 from jaxlm.metrics.text import code, count_text, duration_text, fenced, loss_text, plain, table
 from jaxlm.metrics.throughput import CONVENTION
-from jaxlm.metrics.writer import from_json_values, mendable, read_metrics, to_json_values, write_atomically
+from jaxlm.metrics.writer import from_json_values, read_metrics, to_json_values
 from jaxlm.settings import Parser, flatten, run_main
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def write_report(workdir: str | Path, *, sample: str | None = None) -> Path:
     for name, data in files.items():
         path, remedy = run.workdir / name, "make the workdir writable, with space left, and run it again"
         with mendable(str(path), "the report", remedy):
-            write_atomically(path, data)
+            write_whole(path, data)
     return run.workdir / "report.md"
 
 

@@ -28,7 +28,7 @@ from jaxlm.compiled import memory_bytes
 from jaxlm.config import Config
 from jaxlm.data.loader import Batch
 from jaxlm.feed import abstract_batch, put_batch, row_share
-from jaxlm.metrics.writer import write_atomically
+from jaxlm.files import write_whole
 from jaxlm.models.pieces import KEPT
 from jaxlm.parallel.gang import Gang
 from jaxlm.step import (
@@ -100,7 +100,7 @@ def tune(
     if gang.process == 0:
         with contextlib.suppress(OSError):  # then the run's checkpoints alone remember it
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(facts, indent=1).encode())
+            write_whole(file, json.dumps(facts, indent=1).encode())
     shape = (config.train.batch_size, config.train.seq_len)
     return Tuned(with_remat(program, chosen), facts, {shape: compiled[chosen]} if chosen in compiled else {})
 

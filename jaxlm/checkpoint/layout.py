@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoint import manifest
+from jaxlm.files import flush
 
 log = logging.getLogger("jaxlm.checkpoint")
 
@@ -75,7 +76,7 @@ def commit(directory: Path, step: int) -> None:
     """Gives the sealed step its name: from here on it is restorable."""
     writing_path(directory, step).rename(directory / str(step))
     try:
-        manifest.flush(directory)
+        flush(directory)
     except OSError as error:  # the step is there; whether its name outlives a loss of power is all that is not known
         log.warning("%s: the name of step %d may not be on the disk yet: %s", directory, step, error)
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.files import flush
+
 FILE = "step.json"
 DIGEST_BELOW_BYTES = 8 * 2**20  # arrays have checksums; the small files say where they are and need digests
 
@@ -110,15 +112,6 @@ def _check_files(path: Path, files: Mapping[str, File]) -> None:
 def described(array: Any) -> str:
     """float32[2,8] of anything with dtype and shape; - of None."""
     return "-" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
-
-
-def flush(path: Path) -> None:
-    """Makes the bytes of a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _facts(path: Path, *, digest: bool) -> File:

@@ -1,6 +1,5 @@
 """Text to tokens to batches, in pure numpy: every row of every step is a function of (seed, step).
 
-    atomic.py      files that appear whole or not at all, and locks that die with their holder
     indexed.py     Megatron's .bin/.idx token sets: mapped reader, streaming writer;  stored.py the reader's files in a bucket
     tokenizer.py   bytes, chars, gpt2, hf, tiktoken, sentencepiece behind one protocol
     documents.py   source files (.jsonl, plain text, .gz, .zst) to documents to token sets, in constant memory

@@ -30,8 +30,8 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.atomic import open_exclusive, publish
 from jaxlm.data.stored import Stored, read_whole
+from jaxlm.files import open_exclusive, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.atomic import open_exclusive, sync_folder, write_whole
 from jaxlm.data.documents import Totals, expand, parse, read_chunks, write_documents
 from jaxlm.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype
 from jaxlm.data.tokenizer import CharTokenizer, Tokenizer, build_chars, load_tokenizer
+from jaxlm.files import flush, open_exclusive, write_whole
 
 FORMAT = 1  # of the manifest; raised when the same sources would give other tokens
 
@@ -138,7 +138,7 @@ def _build(
         ends = tokenizer.eod is not None
         speed = write_documents(files, writers={key: writer}, tokenizer=tokenizer, append_eod=ends, totals=totals)
         (folder / "manifest.json").unlink(missing_ok=True)  # from here until the new one there is no set
-        sync_folder(folder)
+        flush(folder)
         if chars and isinstance(tokenizer, CharTokenizer):
             write_whole(folder / "chars.json", tokenizer.to_json())
     made = {"tokens": totals.tokens, "documents": totals.documents}

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Problem, UserError
-from jaxlm.data.atomic import write_whole
 from jaxlm.data.documents import CHUNK_BYTES, Totals, expand, write_documents
 from jaxlm.data.indexed import IndexedWriter, Mark, optimal_dtype, refuse_existing
 from jaxlm.data.tokenizer import KINDS, load_tokenizer
+from jaxlm.files import write_whole
 from jaxlm.settings import Parser, run_main
 
 

@@ -24,7 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from jaxlm.config import Problem, UserError
+from jaxlm.files import mendable, write_whole
 
 FILE_NAME = "metrics.jsonl"
 LATER = "metrics.later.jsonl"  # lines of steps behind the one that a start resumed from, until its first save
@@ -66,30 +66,6 @@ def from_json_values(value: Any) -> Any:
         for key, item in value.items()
         if key != "nonfinite"
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Puts data at path through a temporary file beside it: a reader, or a crash, sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def mendable(where: str, what: str, remedy: str) -> Iterator[None]:
-    """A failure to write `what` becomes an error for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(Problem(where, f"{what} cannot be written: {error.strerror or error}", remedy)) from error
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -134,7 +110,7 @@ def _cut_back(path: Path, *, resume_step: int) -> tuple[int, int]:
     for file, part in parts.items():
         data = b"".join(line + b"\n" for line in part)
         if data != (file.read_bytes() if file.exists() else b""):
-            write_atomically(file, data)
+            write_whole(file, data)
     return num_damaged, sum(record["step"] > resume_step for _, record in found)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.config import Config, Problem, UserError
-from jaxlm.metrics.writer import mendable, write_atomically
+from jaxlm.files import mendable, write_whole
 from jaxlm.models.presets import PRESETS
 from jaxlm.parallel.mesh import mesh_shape
 from jaxlm.parallel.rules import with_rows
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{unknown[0]} was counted as 1: --devices N checks that microbatches split over N devices")
     if args.png:
         with mendable(f"--png={args.png}", "the picture", "name a file in a folder that exists and is writable"):
-            write_atomically(args.png, picture(schedule, stages=stages))
+            write_whole(args.png, picture(schedule, stages=stages))
         print(f"\npicture: {args.png}")
     return 0
 

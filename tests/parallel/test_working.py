@@ -34,9 +34,9 @@ class Weight:
 def test_gradients_of_working_copies_keep_what_bfloat16_would_round():
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
     params = {"up": draw(0, 24, 40), "down": draw(1, 40, 24), "table": draw(2, 64, 24), "positions": draw(3, 16, 24)}
-    copies = working_copies(params, DIMS, "bfloat16")
-    assert not isinstance(copies["positions"], Working) and copies["up"].value.dtype == jnp.bfloat16
     layout, tokens = tiny.layout(), jax.random.randint(jax.random.key(4), (4, 16), 0, 64)
+    copies = working_copies(params, DIMS, "bfloat16", layout)
+    assert not isinstance(copies["positions"], Working) and copies["up"].value.dtype == jnp.bfloat16
     products, weights = Products(layout, "bfloat16"), jnp.ones((4, 16))
 
     def objective(copies):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from jaxlm.config import Problem, UserError
 
 
 def open_exclusive(path: Path, *, wait: bool) -> BinaryIO | None:
@@ -30,23 +34,31 @@ def open_exclusive(path: Path, *, wait: bool) -> BinaryIO | None:
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished file its name: readers see the old file or the new one, also after a power cut."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    flush(temporary)
     os.replace(temporary, final)
-    sync_folder(final.parent)
+    flush(final.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that it is never seen half written."""
+    """Puts `data` at `path`: a reader, or a crash, sees the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     publish(temporary, path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Makes the bytes of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def mendable(where: str, what: str, remedy: str) -> Iterator[None]:
+    """A failure to write `what` becomes an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(Problem(where, f"{what} cannot be written: {error.strerror or error}", remedy)) from error
