@@ -9,7 +9,7 @@ Rooms, top to bottom; a room imports only from rooms below it (pyproject.toml ho
   plan/                                         what a config would do, before any device is touched
   header.py                                     what a run says of itself before its first step
   compiled.py                                   the step as a compiled program: what it needs and sends
-  session.py                                    what the loop and the tools both open: data, program, checkpoints
+  session.py                                    what the loop and the tools both open: settings, the program, parameters
   step.py                                       one update: model x loss x optimizer x mesh
   models/ data/ optim/ checkpoint/ metrics/     five rooms, blind to each other
   parallel/                                     mesh, sharding table, attention over a mesh, several processes

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint.restore import first_line
 from jaxlm.checkpoint.space import available_memory_bytes, bytes_text
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, derived
 from jaxlm.data.loader import Batch
 from jaxlm.feed import put_batch
+from jaxlm.guards import first_line
 from jaxlm.parallel.gang import Limits
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.multihost import find_place, join, visible_gpus

@@ -189,3 +189,13 @@ class Watchdog:
             file.write(text)
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in the first place, for a line of a log."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UserError):
+        return f"{error.problems[0].where} {error.problems[0].rule}"
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:400]}"

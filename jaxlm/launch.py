@@ -96,7 +96,7 @@ class Launch:
         address = f"127.0.0.1:{free_port()}"
         self._children = [self._start(i, address, restarts) for i in range(self._args.processes)]
         if self._told is not None:
-            self._pass_on(self._told)
+            self._send(self._told)
         while any([child.runs() for child in self._children]):
             time.sleep(0.05)
             failed = [child for child in self._children if child.ended_s and child.process.returncode]
@@ -138,9 +138,12 @@ class Launch:
         log = (args.logs / f"process-{index}.log").open("a" if restarts else "w")
         return Child(index, self._command, env, log)
 
-    def _pass_on(self, number: int, frame: object = None) -> None:
+    def _pass_on(self, number: int, frame: object) -> None:
         self._told = number
         self._awake.set()
+        self._send(number)
+
+    def _send(self, number: int) -> None:
         for child in self._children:
             if child.process.poll() is None:
                 child.process.send_signal(number)
@@ -161,7 +164,7 @@ def _workdir(command: Sequence[str]) -> Path | None:
     """The --workdir of the command, if it has one."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--workdir", type=Path, nargs="?")
-    return finder.parse_known_args(command)[0].workdir
+    return finder.parse_known_args([word for word in command if word != "--"])[0].workdir
 
 
 def _newest(workdir: Path | None) -> int:

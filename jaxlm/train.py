@@ -37,7 +37,7 @@ from jaxlm.metrics.throughput import StepMeter, peak_flops_per_s
 from jaxlm.metrics.writer import MetricsLog, read_metrics
 from jaxlm.models.presets import PRESETS
 from jaxlm.opening import Work, as_saved, open_store, open_work, owes_evaluation, own_folder, resume_or_begin, take_lock
-from jaxlm.parallel.gang import Gang, Limits
+from jaxlm.parallel.gang import Gang
 from jaxlm.parallel.multihost import Place, agree, find_place, join
 from jaxlm.parallel.replicas import step_twice
 from jaxlm.parallel.votes import Asked, slow_devices
@@ -79,7 +79,7 @@ def run(resolved: Resolved, workdir: Path, *, command: Sequence[str], force_lock
     config = resolved.config
     use_device_settings(config)
     with Closing() as stack:
-        gang = stack.enter_context(join(place, Limits(**dataclasses.asdict(config.hosts))))
+        gang = stack.enter_context(join(place, config.hosts))
         folder = stack.enter_context(own_folder(gang, workdir))
         lock = take_lock(gang, stack, RunLock(workdir, force=force_lock))
         earlier = read_account(workdir)

@@ -27,7 +27,7 @@ from jaxlm.feed import put_batch
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.writer import MetricsLog
 from jaxlm.models.presets import PRESETS
-from jaxlm.parallel.gang import Gang, Limits
+from jaxlm.parallel.gang import SOLO
 from jaxlm.parallel.votes import Asked
 from jaxlm.session import open_program, with_vocabulary
 from jaxlm.settings import Parser, load_file, resolve, run_main, split_overrides
@@ -68,7 +68,6 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
     batches = [put_batch(program, loader.batch(i)) for i in range(8)]
     steps = config.train.num_steps
     bare_s, loop_s = [], []
-    alone = Gang(0, 1, "", name="", limits=Limits())
     for i in range(rounds + 1):  # the first round warms up
         begin = time.perf_counter()
         for k in range(steps):
@@ -83,7 +82,7 @@ def measure(config, corpus, folder: Path, rounds: int) -> dict:
         ):
             loop = WithoutSaves(
                 program=program, compiled=compiled, loader=loader, held_out={}, store=store, log=log,
-                progress=progress, asked=Asked(lambda: None, alone), meter=train.make_meter(facts), ledger=ledger,
+                progress=progress, asked=Asked(lambda: None, SOLO), meter=train.make_meter(facts), ledger=ledger,
             )  # fmt: skip
             begin = time.perf_counter()
             state, _ = loop.run(state, 0)

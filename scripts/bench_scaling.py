@@ -230,7 +230,8 @@ def compiled(row: Row) -> dict[str, Any]:
 def exchange_s(c: Collective, mesh: Mapping[str, int]) -> float:
     """Seconds of one collective alone on its links: of n devices each sends (n - 1) / n of the payload, twice for a sum
     that all get, and the whole of what is permuted."""
-    members = math.prod(mesh.get(axis, 1) for axis in c.axes if axis in MESH_AXES)
+    known = all(axis in MESH_AXES for axis in c.axes)
+    members = math.prod(mesh.get(axis, 1) for axis in (c.axes if known else mesh))
     share = 1.0 if c.kind == "collective-permute" else (members - 1) / members
     return LATENCY_S + c.bytes * share * (2 if c.kind == "all-reduce" else 1) / LINK_BYTES_PER_S
 

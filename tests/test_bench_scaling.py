@@ -25,12 +25,11 @@ def test_a_row_is_predicted_from_what_it_sends_and_from_the_fewest_gpus_that_wer
         17e9 * 0.75
     )  # three quarters of it leave a device where four share it: 75 ms at 170 GB/s, but for the latency
     times = {
-        kind: exchange_s(Collective(kind, ("fsdp",), int(payload), 1, ""), mesh)
-        for kind in ("all-gather", "all-reduce")
+        kind: exchange_s(Collective(kind, ("fsdp",), int(payload), 1), mesh) for kind in ("all-gather", "all-reduce")
     }
     assert times["all-gather"] == pytest.approx(0.75 * 0.075, rel=1e-3)
     assert times["all-reduce"] == pytest.approx(2 * 0.75 * 0.075, rel=1e-3)
-    whole = Collective("collective-permute", ("data", "fsdp"), int(payload), 1, "")
+    whole = Collective("collective-permute", ("data", "fsdp"), int(payload), 1)
     assert exchange_s(whole, mesh) == pytest.approx(0.075, rel=1e-3)
     assert predicted(100, 10, bubble=0.0, exchange_s=10) == (5, 10)
     assert predicted(100, 10, bubble=0.25, exchange_s=20) == (100 / 32.5, 5)

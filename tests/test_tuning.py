@@ -10,12 +10,11 @@ from runs import command, final_checkpoint, make_folder, settings
 from jaxlm import evaluate, train
 from jaxlm.compiled import memory_bytes
 from jaxlm.feed import abstract_batch
-from jaxlm.parallel.gang import Gang, Limits
+from jaxlm.parallel.gang import SOLO
 from jaxlm.step import abstract_state, compile_step, make_program
 from jaxlm.tuning import candidates, remembered, tune
 
 WAYS = ("full", "none")
-ALONE = Gang(0, 1, "", name="here", limits=Limits())
 # the smallest whose step needs more memory where it keeps all
 CONFIG = tiny.config(
     num_layers=1, num_heads=1, mlp_dim=256, max_seq_len=128, use_bias=False, remat="auto", train=dict(loss_chunk_tokens=64)
@@ -44,7 +43,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(program, none_bytes, cache, tmp_path_factory):
     """Of a device that is one byte too small to keep all."""
-    return tune(ALONE, program, tmp_path_factory.mktemp("run"), ways=WAYS, limit_bytes=none_bytes - 1)
+    return tune(SOLO, program, tmp_path_factory.mktemp("run"), ways=WAYS, limit_bytes=none_bytes - 1)
 
 
 def test_of_the_ways_that_fit_the_fastest_is_taken(found, none_bytes):
@@ -60,7 +59,7 @@ def test_of_the_ways_that_fit_the_fastest_is_taken(found, none_bytes):
 
 
 def test_what_was_found_is_remembered_for_this_step_and_device_alone(program, found, cache, none_bytes, tmp_path):
-    again = tune(ALONE, program, tmp_path, limit_bytes=none_bytes - 1)
+    again = tune(SOLO, program, tmp_path, limit_bytes=none_bytes - 1)
     assert again.facts == found.facts and not again.steps and "remembered" in str(again)
     assert again.program.config == found.program.config
     (file,) = cache.glob("remat-*.json")
@@ -73,7 +72,7 @@ def test_what_was_found_is_remembered_for_this_step_and_device_alone(program, fo
 
 def test_a_config_that_names_a_way_has_it(tmp_path):
     program = make_program(tiny.replace(CONFIG, model=dict(remat="full")), tiny.layout())
-    assert tune(ALONE, program, tmp_path).program is program
+    assert tune(SOLO, program, tmp_path).program is program
 
 
 @pytest.mark.nightly

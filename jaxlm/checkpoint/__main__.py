@@ -262,6 +262,7 @@ def _batches(path: Path, leaves: Mapping[str, Leaf]) -> Iterator[dict[str, Leaf]
             batch[name] = leaf
         if batch:
             yield batch
+            bar.update(_bytes(*batch.values()))
 
 
 def _bar(path: Path, leaves: Mapping[str, Leaf]) -> tqdm:

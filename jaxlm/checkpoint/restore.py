@@ -22,6 +22,7 @@ from jaxlm.checkpoint.checksum import checksums
 from jaxlm.checkpoint.layout import ITEM, committed_steps, junk, name_leaves
 from jaxlm.checkpoint.manifest import Damage, Leaf, Manifest
 from jaxlm.config import Exit, Problem, UserError
+from jaxlm.guards import first_line
 from jaxlm.parallel.gang import SOLO, Gang
 from jaxlm.settings import columns
 
@@ -196,16 +197,6 @@ def check_fits(path: Path, *, saved: Mapping[str, Any], wanted: Mapping[str, Any
     head = f"does not fit the model and optimizer of this run: {len(rows)} arrays differ"
     remedy = "restore with the settings it was saved with, or use a new --workdir"
     raise UserError(Problem(str(path), "\n    ".join([head, *table, *more]), remedy))
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong in the first place, for a line of a log."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, UserError):
-        return f"{error.problems[0].where} {error.problems[0].rule}"
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{type(error).__name__}: {lines[0][:400]}"
 
 
 def _reading() -> ocp.Context:

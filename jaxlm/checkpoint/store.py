@@ -21,9 +21,10 @@ from jaxlm.checkpoint.checksum import own_sums
 from jaxlm.checkpoint.layout import ITEM, Retention, committed_steps, name_leaves, superseded
 from jaxlm.checkpoint.lock import RunLock
 from jaxlm.checkpoint.manifest import Damage, Leaf
-from jaxlm.checkpoint.restore import Restored, first_line, restore_latest_good, silence_details
+from jaxlm.checkpoint.restore import Restored, restore_latest_good, silence_details
 from jaxlm.checkpoint.staging import stage
 from jaxlm.config import Exit, Problem, UserError
+from jaxlm.guards import first_line
 from jaxlm.parallel.gang import LEAVE_S, RERUN, SOLO, Gang
 
 log = logging.getLogger("jaxlm.checkpoint")

@@ -38,9 +38,6 @@ class Place:
     gpus: tuple[int, ...] | None = None
 
 
-ALONE = Place()
-
-
 @dataclass(frozen=True)
 class Launcher:
     """The environment variables in which something that starts processes tells each who it is.

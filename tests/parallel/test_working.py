@@ -1,6 +1,8 @@
 """Working copies are read in the compute dtype; what comes back is float32 and was never less."""
 
+import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import tiny
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.parallel.dense import Products
 from jaxlm.parallel.working import Working, gradients, working_copies
+from jaxlm.step import abstract_state, make_program
 
 DIMS = {
     "up": ("embed", "mlp"),
@@ -50,3 +53,14 @@ def test_gradients_of_working_copies_keep_what_bfloat16_would_round():
         assert grad.dtype == jnp.float32 and grad.shape == params[name].shape
         if name != "positions":  # a row looked up once, or not at all, may need no more than 8 bits
             assert np.mean(rounded == grad) < 0.6, name
+
+
+def test_a_step_that_holds_its_weights_gathers_them_in_the_compute_dtype():
+    """As the partitioner is told: XLA's CPU compiler would gather float32 whatever it is given."""
+    for zero, weights in ((2, 6 * 3 + 1), (3, 0)):
+        program = make_program(tiny.config(dtype="bfloat16"), tiny.layout(4, data=1, fsdp=4, zero=zero))
+        copy = partial(working_copies, dims=program.dims, dtype="bfloat16", layout=program.layout)
+        text = jax.jit(copy).lower(abstract_state(program).params).as_text()
+        held = re.findall(r"sharding_constraint .*tensor<([\dx]+)x(\w+)>", text)  # at rest, and as a step holds it
+        assert len([kind for _, kind in held if kind == "bf16"]) == 2 * weights
+        assert [shape for shape, kind in held if kind != "bf16"] == ["16x24"] * (2 if weights else 0)  # positions
