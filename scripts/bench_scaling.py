@@ -5,10 +5,11 @@
   python scripts/bench_scaling.py --table                                      what --out has, as Markdown
 
 A row is a model, a mesh and rows a step; it runs in a process of its own, measured by scripts/bench_step.py on as many GPUs
-as its mesh has. Its line goes to --out as soon as it is there, and a row that has one is not run again: interrupted, the same
-command goes on. --only takes rows whose name has all the words. --seconds ends in time for a machine that is lent.
+as its mesh has. Its line goes to --out as soon as it is there, and a row that has one is not run again unless it is an error:
+interrupted, the same command goes on. --only takes rows whose name has all the words. --seconds ends in time for a machine
+that is lent.
 
-A compiled row has bytes a GPU and what it sends. Its speed is predicted from the measured row of the same model on the fewest
+A compiled row has bytes a GPU and the payload of its collectives. Its speed is predicted from the measured row of the same model on the fewest
 GPUs: the same compute a token, longer by a pipeline's bubble, with exchanges at LINK_BYTES_PER_S all hidden behind it (the
 upper figure) and all on top (the lower).
 """
@@ -149,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
 def run(chosen: Sequence[Row], args: argparse.Namespace) -> None:
     """Adds to args.out what is missing there: compiled, or measured where there are the GPUs."""
     end_s, kind = time.monotonic() + args.seconds, "compiled" if args.compile else "measured"
-    done = read(args.out)
+    done = {key for key, line in read(args.out).items() if "error" not in line}
     missing = [row for row in chosen if (row.name, kind) not in done and (args.compile or row.gpus <= args.gpus)]
     for number, row in enumerate(missing, 1):
         left_s = min(end_s - time.monotonic(), args.row_seconds)
@@ -208,10 +209,13 @@ def compiled(row: Row) -> dict[str, Any]:
         "model.attention": "cudnn"
     }
     (case,) = cases([], [], row.config, row.overrides | kernels)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{row.gpus}"
-    )
-    program = make_program(case.config, make_layout(case.config.mesh, topology.devices))
+    try:
+        target, shape = TARGET.read_text(), f"1x1x{row.gpus}"
+        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
+    except NotImplementedError as error:
+        problem = Problem("--compile", f"this jax has no compiler for GPUs: {error}", "pip install 'jax[cuda13]'")
+        raise UserError(problem) from error
+    program = make_program(case.config, make_layout(case.config.mesh, devices))
     begin = time.monotonic()
     shape = (case.config.train.batch_size, case.config.train.seq_len)
     step = compile_step(program).lower(abstract_state(program), abstract_batch(program, shape)).compile()
@@ -245,7 +249,7 @@ def read(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def markdown(chosen: Iterable[Row], done: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     """A line a row. weak and strong: speed of a GPU over that of the fewest GPUs with as many rows each, and in all."""
     lines = [
-        "| row | GPUs | GiB a GPU | sent a GPU and step | predicted tokens/s a GPU | measured | weak | strong |",
+        "| row | GPUs | GiB a GPU | payload a GPU and step | predicted tokens/s a GPU | measured | weak | strong |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in chosen:
