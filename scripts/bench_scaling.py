@@ -9,9 +9,9 @@ as its mesh has. Its line goes to --out as soon as it is there, and a row that h
 interrupted, the same command goes on. --only takes rows whose name has all the words. --seconds ends in time for a machine
 that is lent.
 
-A compiled row has bytes a GPU and the payload of its collectives. Its speed is predicted from the measured row of the same model on the fewest
-GPUs: the same compute a token, longer by a pipeline's bubble, with exchanges at LINK_BYTES_PER_S all hidden behind it (the
-upper figure) and all on top (the lower).
+A compiled row has bytes a GPU and the payload of its collectives. Its speed is predicted from the measured row of the same
+model on the fewest GPUs: the same compute a token, longer by a pipeline's bubble, with exchanges at LINK_BYTES_PER_S all
+hidden behind it (the upper figure) and all on top (the lower).
 """
 
 from __future__ import annotations
