@@ -6,8 +6,8 @@
 
 A row is a model, a mesh and rows a step; it runs in a process of its own, measured by scripts/bench_step.py on as many GPUs
 as its mesh has. Its line goes to --out as soon as it is there, and a row that has one is not run again unless it is an error:
-interrupted, the same command goes on. --only takes rows whose name has all the words. --seconds ends in time for a machine
-that is lent.
+interrupted, the same command goes on. --only takes rows whose name has all the words. --seconds is for a machine that
+one has for so long.
 
 A compiled row has bytes a GPU and the payload of its collectives. Its speed is predicted from the measured row of the same
 model on the fewest GPUs: the same compute a token, longer by a pipeline's bubble, with exchanges at LINK_BYTES_PER_S all
@@ -35,6 +35,7 @@ from jax.experimental import topologies
 from jaxlm.compiled import memory_bytes
 from jaxlm.config import MESH_AXES, Problem, UserError
 from jaxlm.feed import abstract_batch
+from jaxlm.models.pieces import KEPT
 from jaxlm.parallel.hlo import Collective, collectives
 from jaxlm.parallel.mesh import make_layout
 from jaxlm.parallel.multihost import visible_gpus
@@ -43,9 +44,8 @@ from jaxlm.step import abstract_state, compile_step, make_program
 
 HERE = Path(__file__).parent
 TARGET = HERE / "h100-80gb.txtpb"
-LINK_BYTES_PER_S = 170e9  # a direction, of NCCL beside products on two H100s (docs/experiments.md)
-LATENCY_S = 12e-6  # of an exchange
-KEEP = "query=keep,key=keep,value=keep,attn_context=keep,attn_residual=keep,mlp_up=keep,mlp_gate=keep"
+LINK_BYTES_PER_S = 170e9  # a direction, assumed of NCCL beside products, as in the simulations of docs/experiments.md
+LATENCY_S = 12e-6  # of an exchange, likewise
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ TABLE = [
             "fsdp=2": 2, "model=2": 2, "fsdp=4": 2, "data=2,fsdp=2": 2, "fsdp=2,model=2": 2, "fsdp=8": 2, "data=2,fsdp=4": 2,
             "fsdp=4,model=2": 2, "pipeline=2,fsdp=4": 8, "pipeline=4,model=2": 8,
         },
-        remat=dict.fromkeys(("fsdp=2", "model=2", "data=2,fsdp=2"), KEEP),
+        remat=dict.fromkeys(("fsdp=2", "model=2", "data=2,fsdp=2"), KEPT),
     ),
     *_sharded(
         "llama3-8b",
@@ -159,22 +159,14 @@ def run(chosen: Sequence[Row], args: argparse.Namespace) -> None:
             print(f"{say}: no time left", file=sys.stderr, flush=True)
             return
         print(f"{say} ...", file=sys.stderr, flush=True)
-        found = _child(_compile_words(row) if args.compile else _measure_words(row, args.steps), row, left_s)
+        found = _child(*(_compile_words(row) if args.compile else _measure_words(row, args.steps)), left_s)
         with args.out.open("a") as out:
             out.write(json.dumps({"row": row.name, "kind": kind} | found) + "\n")
 
 
 def _measure_words(row: Row, steps: int) -> tuple[list[str], dict[str, str]]:
-    words = [
-        sys.executable,
-        str(HERE / "bench_step.py"),
-        "--config",
-        row.config,
-        "--steps",
-        str(steps),
-        "--rounds",
-        "2",
-    ]
+    """A command that prints the row's line, and what it needs in its environment."""
+    words = [sys.executable, str(HERE / "bench_step.py"), f"--config={row.config}", f"--steps={steps}", "--rounds=2"]
     words += [f"--config.{key}={value}" for key, value in row.overrides.items()]
     return words, {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: row.gpus])}
 
@@ -184,34 +176,29 @@ def _compile_words(row: Row) -> tuple[list[str], dict[str, str]]:
     return words, {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 
-def _child(command: tuple[list[str], dict[str, str]], row: Row, limit_s: float) -> dict[str, Any]:
+def _child(words: list[str], environment: Mapping[str, str], limit_s: float) -> dict[str, Any]:
     """The JSON line that a process prints, or {"error": why not}."""
-    words, environment = command
+    env = os.environ | environment
     try:
-        done = subprocess.run(
-            words, env=os.environ | environment, cwd=HERE.parent, capture_output=True, text=True, timeout=limit_s
-        )
+        done = subprocess.run(words, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return {"error": f"no end in {limit_s:.0f} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     print(done.stderr[-2000:], file=sys.stderr, flush=True)
-    said = (
-        done.stderr.rpartition("error: ")[2] if "error: " in done.stderr else done.stderr.rstrip().rpartition("\n")[2]
-    )
+    _, ours, said = done.stderr.rpartition("error: ")
+    said = said if ours else done.stderr.rstrip().rpartition("\n")[2]
     return {"error": " ".join(said.split())[:200] or f"exit code {done.returncode}"}
 
 
 def compiled(row: Row) -> dict[str, Any]:
     """A row compiled for H100s that need not be there: bytes a GPU, bytes sent by kind, seconds of its exchanges."""
     # kernels written in Pallas ask for the device that is not there
-    kernels = {f"model.{kernel}_kernel": "xla" for kernel in ("activation", "norm", "loss")} | {
-        "model.attention": "cudnn"
-    }
-    (case,) = cases([], [], row.config, row.overrides | kernels)
+    kernels = {f"model.{kernel}_kernel": "xla" for kernel in ("activation", "norm", "loss")}
+    (case,) = cases([], [], row.config, row.overrides | kernels | {"model.attention": "cudnn"})
     try:
-        target, shape = TARGET.read_text(), f"1x1x{row.gpus}"
-        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
+        target, size = TARGET.read_text(), f"1x1x{row.gpus}"
+        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology=size).devices
     except NotImplementedError as error:
         problem = Problem("--compile", f"this jax has no compiler for GPUs: {error}", "pip install 'jax[cuda13]'")
         raise UserError(problem) from error
