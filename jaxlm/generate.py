@@ -14,9 +14,13 @@ import numpy as np
 
 from jaxlm.config import Problem, UserError
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.models.gpt import GPT
+from jaxlm.parallel.dense import RESIDUAL
+from jaxlm.parallel.rules import by_dims
+from jaxlm.parallel.working import working_copies
 from jaxlm.session import open_run, open_tool_program, restore_params
 from jaxlm.settings import Parser, run_main
-from jaxlm.step import Program
+from jaxlm.step import BATCH_DIMS, Program
 
 
 def generate(
@@ -53,8 +57,18 @@ def generate(
 
 
 def _generate(program, window, temperature, top_k, num_ids, eod, params, buffer_T, start, length, key):
-    model = program.model(params)
-    rows = program.layout.num_row_shards  # copies, so that the rows' layout holds on any mesh
+    layout, rows = program.layout, program.layout.num_row_shards  # copies, so that the rows' layout holds on any mesh
+    batch, residual, logits = (layout.spec(dims) for dims in (BATCH_DIMS, RESIDUAL, ("batch", "position", "vocab")))
+    at = by_dims(partial(layout.spec, at="rest"), program.dims)
+
+    def model(params: Any) -> GPT:
+        return program.model(working_copies(params, program.dims, program.config.model.dtype, layout))
+
+    def hidden(params: Any, tokens_BT: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
+        return model(params).hidden(tokens_BT, None, starts_BT)
+
+    read = layout.on_mesh(hidden, (at, batch, batch), residual)
+    score = layout.on_mesh(lambda params, x_BTD: model(params).logits(x_BTD), (at, jax.P(batch[0])), logits)
 
     def extend(i, buffer_T):
         first = jnp.maximum(i - window, 0)
@@ -63,9 +77,9 @@ def _generate(program, window, temperature, top_k, num_ids, eod, params, buffer_
         if program.config.data.separates and eod is not None:
             after_T = jnp.where(jnp.roll(tokens_T, 1) == eod, jnp.arange(window), 0)  # at 0 it is 0 whatever came last
             starts_BT = jnp.broadcast_to(jax.lax.cummax(after_T), (rows, window))
-        x_BTD = model.hidden(rows_BT, None, starts_BT)
+        x_BTD = read(params, rows_BT, starts_BT)
         last_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, i - 1 - first, 1, axis=1)
-        logits_V = model.logits(last_B1D)[0, 0, :num_ids]
+        logits_V = score(params, last_B1D)[0, 0, :num_ids]
         return buffer_T.at[i].set(_pick(logits_V, temperature, top_k, jax.random.fold_in(key, i)))
 
     return jax.lax.fori_loop(start, length, extend, buffer_T)

@@ -1,14 +1,13 @@
 # Dims: B rows, T positions, M microbatches, P stages, R repeats, J slots.
 """A model cut over the stages of a pipeline: its schedule, its parameters a leaf a slot, and its losses and gradients.
 
-Everything here runs inside one shard_map over the whole mesh; the sums it returns are the ones `step.py` has without a
-pipeline, and `to_layers` and `from_layers` are how checkpoints never learn of it.
+Losses and gradients are local, as `step.py` has them without a pipeline; `to_layers` and `from_layers` are how checkpoints
+never learn of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +22,7 @@ from jaxlm.models.gpt import init_block
 from jaxlm.models.loss import choose_loss, cross_entropy_sums
 from jaxlm.models.pieces import Pieces
 from jaxlm.parallel import pipeline
-from jaxlm.parallel.dense import finish_gradient
-from jaxlm.parallel.rules import Layout, by_dims
+from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.schedule import Schedule
 from jaxlm.parallel.stages import Stages, by_layer, by_slot, cut
 
@@ -53,12 +51,11 @@ def make_pipeline(config: Config, layout: Layout) -> Pipeline | None:
     if P == 1:
         return None
     schedule, stages = plan_stages(config, num_stages=P, num_row_shards=layout.num_row_shards)
-    inside = dataclasses.replace(layout, inside=True)
     loss = partial(
-        cross_entropy_sums, layout=inside, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens,
-        kernel=choose_loss(model, inside).kernel,
+        cross_entropy_sums, layout=layout, vocab_size=model.vocab_size, chunk_tokens=train.loss_chunk_tokens,
+        kernel=choose_loss(model, layout).kernel,
     )  # fmt: skip
-    return Pipeline(schedule, stages, Pieces(model, inside, stages, loss))
+    return Pipeline(schedule, stages, Pieces(model, layout, stages, loss))
 
 
 def plan_stages(config: Config, *, num_stages: int, num_row_shards: int) -> tuple[Schedule, Stages]:
@@ -120,29 +117,21 @@ def init_slot(pipe: Pipeline, key: jax.Array, layers_PR: jax.Array, layout: Layo
 
 
 def loss_and_grads(
-    pipe: Pipeline, layout: Layout, dims: Any, params: dict, batch: Batch, keys_M: Any, z_loss: float
-) -> tuple:
-    """(summed nats, gradients of the summed objective) of the M microbatches of `batch`.
+    pipe: Pipeline, params: dict, batch: Batch, keys_M: jax.Array | None, z_loss: float
+) -> tuple[jax.Array, dict]:
+    """(summed nats, gradients of the summed objective, this device's parts) of the M microbatches of `batch`.
 
     keys_M: of each microbatch's dropout, or None.
     """
-
-    def local(params: dict, micro: Batch, data_M: Any) -> tuple:
-        parts = _parts(pipe, micro, data_M, z_loss)
-        nats, (dslots, dends) = pipeline.loss_and_grads(pipe.schedule, AXIS, parts, *_split(params))
-        grads = dends | {"layers": jax.tree.map(lambda leaf: leaf[None], dslots)}
-        return nats, by_dims(lambda d, g: finish_gradient(pipe.pieces.layout, g, d), dims, grads)
-
-    return _run(pipe, layout, dims, local, lambda specs: (jax.P(), specs("grads")))(params, batch, keys_M)
+    nats, (dslots, dends) = pipeline.loss_and_grads(
+        pipe.schedule, AXIS, _parts(pipe, batch, keys_M, z_loss), *_split(params)
+    )
+    return nats, dends | {"layers": jax.tree.map(lambda leaf: leaf[None], dslots)}
 
 
-def loss(pipe: Pipeline, layout: Layout, dims: Any, params: dict, batch: Batch) -> jax.Array:
+def loss(pipe: Pipeline, params: dict, batch: Batch) -> jax.Array:
     """Summed nats of `batch`, without gradients or dropout."""
-
-    def local(params: dict, micro: Batch, data_M: Any) -> jax.Array:
-        return pipeline.loss(pipe.schedule, AXIS, _parts(pipe, micro, data_M, 0.0), *_split(params))
-
-    return _run(pipe, layout, dims, local, lambda specs: jax.P())(params, batch, None)
+    return pipeline.loss(pipe.schedule, AXIS, _parts(pipe, batch, None, 0.0), *_split(params))
 
 
 def to_layers(pipe: Pipeline | None, tree: Any) -> Any:
@@ -158,8 +147,9 @@ def from_layers(pipe: Pipeline | None, saved: Any, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
 
 
-def _parts(pipe: Pipeline, micro: Batch, data_M: Any, z_loss: float) -> pipeline.Parts:
-    keys_M = None if data_M is None else jax.random.wrap_key_data(data_M)
+def _parts(pipe: Pipeline, batch: Batch, keys_M: jax.Array | None, z_loss: float) -> pipeline.Parts:
+    M = pipe.schedule.microbatches
+    micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
     pieces = dataclasses.replace(pipe.pieces, loss=partial(pipe.pieces.loss, z_loss=z_loss))
     return pieces.parts(tuple(micro), keys_M)
 
@@ -168,20 +158,3 @@ def _split(params: dict) -> tuple[Any, dict]:
     """(this stage's slots, each leaf [R, ...]; everything else)."""
     slots = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     return slots, {name: part for name, part in params.items() if name != "layers"}
-
-
-def _run(pipe: Pipeline, layout: Layout, dims: Any, local: Callable, outs: Callable) -> Callable:
-    def specs(at: Any) -> Any:
-        return by_dims(lambda d: layout.spec(d, at=at), dims)
-
-    def run(params: dict, batch: Batch, keys_M: Any) -> Any:
-        M = pipe.schedule.microbatches
-        micro = jax.tree.map(lambda a: a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1), batch)
-        rows = jax.P(None, *layout.spec(("batch", "seq")))
-        keys = None if keys_M is None else jax.random.key_data(keys_M)
-        ins = (specs("step"), jax.tree.map(lambda _: rows, micro), None if keys is None else jax.P())
-        return jax.shard_map(local, mesh=layout.mesh, in_specs=ins, out_specs=outs(specs), check_vma=False)(
-            params, micro, keys
-        )
-
-    return run

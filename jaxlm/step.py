@@ -31,6 +31,7 @@ from jaxlm.optim.optimizer import make_optimizer
 from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.context import choose_context
+from jaxlm.parallel.gradients import finish_gradients, global_norm, lay_gradient
 from jaxlm.parallel.rules import Layout, by_dims
 from jaxlm.parallel.working import gradients, working_copies
 from jaxlm.parallel.xla import Options, compiler_options
@@ -238,8 +239,7 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     Returns: the next state, and the metrics of this step.
     """
     optim = program.config.optim
-    loss, tokens, grads = mean_loss_and_grads(program, state.params, batch, state.step)
-    grad_norm = global_norm(program, grads)
+    loss, tokens, grads, grad_norm = mean_loss_and_grads(program, state.params, batch, state.step)
     good, recent = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.recent
     if recent is not None:
         now = jnp.stack([loss, grad_norm])
@@ -248,7 +248,6 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     if optim.clip_norm:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * scale, grads)
-    grads = by_dims(lambda dims, g: program.layout.constrain(g, dims, at="rest"), program.dims, grads)
     before = jax.device_put(state.opt_state, jax.memory.Space.Device) if optim.offload else state.opt_state
     updates, opt_state = program.optimizer.update(grads, before, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -260,38 +259,35 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     return TrainState(state.step + 1, params, opt_state, skipped, streak, recent), metrics
 
 
-def global_norm(program: Program, grads: Any) -> jax.Array:
-    """Root of the sum of all squares, f32[]. Vectors of one shape and layout are summed as one array: they are small, and a
-    kernel or two for each would take longer than the sums."""
-    groups: dict[Any, list] = {}
-    leaves = partial(jax.tree.leaves, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    for number, (role, dims, g) in enumerate(zip(*map(leaves, (program.roles, program.dims, grads)), strict=True)):
-        groups.setdefault((dims, g.shape) if role in ("scale", "bias") else number, []).append(g)
-    return jnp.sqrt(sum(jnp.square(jnp.stack(group)).sum() for group in groups.values()))
-
-
-def mean_loss_and_grads(
-    program: Program, params: Any, batch: Batch, step: jax.Array
-) -> tuple[jax.Array, jax.Array, Any]:
-    """(mean nats a counted token, counted tokens, gradient of the mean objective).
+def mean_loss_and_grads(program: Program, params: Any, batch: Batch, step: jax.Array) -> tuple:
+    """(mean nats a counted token, counted tokens, gradient of the mean objective as it rests, its norm).
 
     Sums come first: microbatches add nats, tokens and gradients, and one division by the true token count ends it, so
     that ragged masks and accumulation are exact.
     """
-    key = jax.random.fold_in(jax.random.key(program.config.train.seed), step)
-    params = working_copies(params, program.dims, program.config.model.dtype, program.layout)
+    layout, dims, config = program.layout, program.dims, program.config
 
-    def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
-        return _loss_and_grads(program, params, rows, key, m)
+    def local(params: Any, batch: Batch, step: jax.Array) -> tuple:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+        held = working_copies(params, dims, config.model.dtype, layout)
 
-    nats, grads = _sum_over_microbatches(program, terms, batch)
-    tokens = batch.weights.sum()
-    share = 1 / jnp.maximum(tokens, 1)
-    return nats * share, tokens, jax.tree.map(lambda g: g * share, grads)
+        def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
+            nats, grads = _loss_and_grads(program, held, rows, key, m)
+            return nats, by_dims(partial(lay_gradient, layout, came="step", goes="grads"), dims, grads)
+
+        nats, grads = _sum_over_microbatches(program, terms, batch)
+        tokens = _counted_tokens(layout, batch)
+        share = 1 / jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g * share, finish_gradients(layout, dims, grads))
+        return nats * share, tokens, grads, global_norm(layout, dims, grads)
+
+    at, one = by_dims(partial(layout.spec, at="rest"), dims), jax.P()
+    ins, outs = (at, batch_specs(program, batch), one), (one, one, at, one)
+    return layout.on_mesh(local, ins, outs)(params, batch, step)
 
 
 def _sum_over_microbatches(program: Program, terms: Callable[[Batch, Any], Any], batch: Batch) -> Any:
-    """Sum of terms(rows, m) over the train.accumulate microbatches; m takes rows m, M+m, 2M+m, ...: rows stay put."""
+    """Sum of terms(rows, m) over the train.accumulate microbatches; m takes rows m, M+m, 2M+m, ... of each device's."""
     M = program.config.train.accumulate
     if M == 1:
         return terms(batch, 0)
@@ -305,20 +301,24 @@ def _sum_over_microbatches(program: Program, terms: Callable[[Batch, Any], Any],
     return jax.lax.scan(add, zeros, (micro, jnp.arange(M)))[0]
 
 
+def _counted_tokens(layout: Layout, batch: Batch) -> jax.Array:
+    return jax.lax.psum(batch.weights.sum(), layout.split(*BATCH_DIMS))
+
+
 def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array, m: Any) -> tuple[jax.Array, Any]:
-    """(summed nats, gradients of the summed objective) of the rows of microbatch m."""
+    """(summed nats, gradients of the summed objective, this device's parts) of the rows of microbatch m."""
     train, drops, pipe = program.config.train, program.config.model.dropout > 0, program.pipe
     if pipe is not None:  # its microbatches are those of train.accumulate, cut further
         index_M = m + train.accumulate * jnp.arange(pipe.schedule.microbatches)
         keys_M = jax.vmap(partial(jax.random.fold_in, key))(index_M) if drops else None
-        return loss_and_grads(pipe, program.layout, program.dims, params, batch, keys_M, train.z_loss)
+        return loss_and_grads(pipe, params, batch, keys_M, train.z_loss)
     key = jax.random.fold_in(key, m)
 
     def objective(params: Any) -> tuple[jax.Array, jax.Array]:
         return _sums(program, params, batch, key if drops else None)
 
     (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return nats, by_dims(lambda d, g: program.layout.constrain(g, d, at="grads"), program.dims, gradients(grads))
+    return nats, gradients(grads)
 
 
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -338,15 +338,18 @@ def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) ->
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, counted tokens) of one batch, a microbatch at a time, without dropout or z-loss."""
-    params = working_copies(params, program.dims, program.config.model.dtype, program.layout)
+    layout = program.layout
 
-    def nats_of(rows: Batch, m: Any) -> jax.Array:
-        if program.pipe is not None:
-            return loss(program.pipe, program.layout, program.dims, params, rows)
-        return _sums(program, params, rows, None)[1]
+    def local(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        held = working_copies(params, program.dims, program.config.model.dtype, layout)
 
-    nats = _sum_over_microbatches(program, nats_of, batch)
-    return nats, batch.weights.sum()
+        def nats_of(rows: Batch, m: Any) -> jax.Array:
+            return _sums(program, held, rows, None)[1] if program.pipe is None else loss(program.pipe, held, rows)
+
+        return _sum_over_microbatches(program, nats_of, batch), _counted_tokens(layout, batch)
+
+    ins = (by_dims(partial(layout.spec, at="rest"), program.dims), batch_specs(program, batch))
+    return layout.on_mesh(local, ins, jax.P())(params, batch)
 
 
 def compile_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -378,6 +381,10 @@ def step_options(program: Program) -> Options:
 
 def batch_sharding(program: Program) -> jax.sharding.NamedSharding:
     return program.layout.sharding(BATCH_DIMS)
+
+
+def batch_specs(program: Program, batch: Batch) -> Batch:
+    return jax.tree.map(lambda _: program.layout.spec(BATCH_DIMS), batch)
 
 
 def num_params(program: Program, *, positions: bool = True, padding: bool = True) -> int:

@@ -76,7 +76,7 @@ def loss_and_token_grads(c, layout, batch: Batch) -> tuple[float, np.ndarray]:
     program = make_program(c, layout)
     state = init_state(program)
     run = jax.jit(partial(mean_loss_and_grads, program))
-    loss, _, grads = run(state.params, put_batch(program, batch), jnp.int32(0))
+    loss, _, grads, _ = run(state.params, put_batch(program, batch), jnp.int32(0))
     return float(loss), jax.device_get(grads["embed"]["tokens"])
 
 

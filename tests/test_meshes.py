@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxlm import step as step_module
 from jaxlm.config import UserError
 from jaxlm.feed import put_batch
 from jaxlm.models import loss
 from jaxlm.parallel import dense
-from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.rules import Layout, with_rows
 from jaxlm.parallel.working import cast
 from jaxlm.step import compile_step, init_state, make_program, mean_loss_and_grads
 
@@ -72,13 +73,15 @@ def numbers(c, layout: Layout, num_steps: int = 5, *, drawn: bool = False):
         )  # fmt: skip
         state = dataclasses.replace(state, params=params)
     batches = [put_batch(program, tiny.batch(c, seed)) for seed in range(5)]
-    loss, _, grads = jax.jit(partial(mean_loss_and_grads, program))(state.params, batches[0], jnp.int32(0))
-    losses = [float(loss)]
+    loss, _, grads, norm = jax.jit(partial(mean_loss_and_grads, program))(state.params, batches[0], jnp.int32(0))
+    grads, losses = jax.device_get(grads), [float(loss)]
+    squares = sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(grads))
+    assert float(norm) == pytest.approx(np.sqrt(squares), rel=1e-5)
     for batch in batches[:num_steps]:
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
     assert step._cache_size() == min(num_steps, 1)
-    return jax.device_get(grads), losses
+    return grads, losses
 
 
 @pytest.fixture(scope="session")
@@ -177,8 +180,8 @@ def test_bfloat16_differs_over_a_mesh_by_its_own_rounding_alone(one_device, degr
 
 
 MUTATIONS = {  # what a broken collective or a wrong row would do: numbers that are wrong without an error
-    "weight gradients not summed over data": (dense, "reduce_gradient", lambda real: lambda layout, dw, dims, **done: real(
-        layout, dw, dims, done=(*done.get("done", ()), "data"))),
+    "gradients not summed over data": (step_module, "finish_gradients", lambda real: lambda layout, dims, grads: real(
+        dataclasses.replace(layout, rules=with_rows(["batch=fsdp/fsdp"], layout.rules)), dims, grads)),
     "tensor-parallel partial sums not added": (dense, "scatter_positions", lambda real: lambda layout, x, over: (
         jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * (x.shape[1] // 2), x.shape[1] // 2, 1))),
     "loss not summed over positions": (jax.lax, "psum", lambda real: lambda x, axes: (
@@ -197,7 +200,7 @@ def test_the_parity_check_sees_a_broken_collective(one_device, monkeypatch, muta
     one_device("gpt2", 1)  # made whole before anything is broken
     room, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(room, name, mutate(getattr(room, name)))
-    if name in ("scatter_positions", "reduce_gradient", "gather_weight"):
+    if name in ("scatter_positions", "gather_weight"):
         monkeypatch.setattr(loss, name, getattr(room, name))
     with pytest.raises(AssertionError):
         check(one_device, "gpt2", (2, 2, 1, 2), accumulate=1)

@@ -220,16 +220,16 @@ def test_a_pipeline_that_can_not_run_is_refused(pipeline, mesh, message):
 
 
 MUTATIONS = {
-    "gradients of vectors not summed over rows": (pipelined, "finish_gradient", lambda layout, g, dims: g),
+    "gradients of vectors not summed over rows": (step_module, "finish_gradients", lambda layout, dims, grads: grads),
     "what another stage holds sent to the loss": (_Run, "from_stage", lambda run, stage, x: jax.lax.psum(
         jnp.where(run.stage == 1, x, 0), run.axis)),
     "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(
         x, run.axis, [(s, (s - step) % 4) for s in range(4)])),
     "residuals of another tick": (Schedule, "forward_index", lambda self, item: item.index + 1),
-    "a loss without its z-term": (pipelined, "_parts", lambda pipe, micro, data_M, z_loss: PARTS(
-        pipe, micro, data_M, 0.0)),
+    "a loss without its z-term": (pipelined, "_parts", lambda pipe, batch, keys_M, z_loss: PARTS(
+        pipe, batch, keys_M, 0.0)),
     "one accumulation step's dropout in all": (step_module, "loss_and_grads", lambda *args: LOSS_AND_GRADS(
-        *args[:5], jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(2 * jnp.arange(2)), args[6])),
+        *args[:3], jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(2 * jnp.arange(2)), args[4])),
     "layers of the first repeat in all": (Pieces, "_stage", lambda self, starts, keys, slots, x, m, repeat: STAGE(
         self, starts, keys, slots, x, m, 0)),
 }  # fmt: skip

@@ -53,9 +53,8 @@ class Embedding(nnx.Module):
                 starts_BT = jax.lax.dynamic_slice_in_dim(
                     starts_BT, first - layout.first("seq", starts_BT.shape[1]), T, axis=1
                 )
-                index_BT = layout.constrain(first + jnp.arange(T) - starts_BT, ("batch", "residual"))
-                positions_TD = layout.constrain(table_TD[index_BT], RESIDUAL)
-            x_BTD = layout.constrain((x_BTD + positions_TD).astype(x_BTD.dtype), RESIDUAL)
+                positions_TD = table_TD[first + jnp.arange(T) - starts_BT]
+            x_BTD = (x_BTD + positions_TD).astype(x_BTD.dtype)
         x_BTD = with_layout_constraint(x_BTD, ROW_MAJOR)
         return x_BTD if self.norm is None else self.norm(Stream(x_BTD))[1]
 

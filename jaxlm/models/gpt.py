@@ -28,7 +28,7 @@ class Block(nnx.Module):
         self.attn_norm, self.mlp_norm = (Norm(model, layout) for _ in range(2))
         self.attn, self.mlp = Attention(model, ka, layout), MLP(model, km, layout)
         # what is kept, carried round a loop or sent to another stage is one array: the sum
-        whole = model.remat != "none" or model.scan_layers or layout.inside
+        whole = model.remat != "none" or model.scan_layers or bool(layout.split("stage"))
         self.waits = choose_norm(model, layout).kernel.adds and not whole
 
     def __call__(self, stream: Stream, key: jax.Array | None, starts_BT: jax.Array | None = None) -> Stream:
@@ -83,10 +83,12 @@ class GPT(nnx.Module):
         return self.embed.tokens if self.head is None else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """f32[B, T, vocab_size]: for sampling and scoring; training goes through loss.py, a chunk of tokens at a time."""
+        """f32[B, T, V], of this device's share of the padded vocabulary: for sampling and scoring.
+
+        Training goes through loss.py, a chunk of tokens at a time.
+        """
         head_VD = use(self.head_table, self.model.dtype, self.layout)
-        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
-        return logits_BTV[..., : self.model.vocab_size]
+        return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def block_key(key: jax.Array, i: int | jax.Array) -> jax.Array:

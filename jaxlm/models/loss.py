@@ -2,8 +2,8 @@
 # S shards of the vocabulary.
 """Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no other logits exist.
 
-Fully manual over the mesh: each device sees its rows, its positions and its shard of the vocabulary, and what must be
-summed is summed once, after the last chunk.
+Each device sees its rows, its positions and its shard of the vocabulary, and what must be summed is summed once, after the last
+chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.models.kernels import Choice, choose, triton_refuses
 from jaxlm.models.softmax_kernel import softmax_terms
-from jaxlm.parallel.dense import RESIDUAL, gather_positions, gather_weight, reduce_gradient, scatter_positions
+from jaxlm.parallel.dense import gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import Value, gradient_of
 
@@ -69,7 +69,7 @@ def cross_entropy_sums(
     Logits are made in x's dtype, everything after in f32; the head's gradient accumulates in f32 over chunks.
 
     Args:
-      x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head at rest.
+      x_BTD: what the head reads, in the compute dtype, as dense.RESIDUAL.   head_VD: the head as a step holds it.
       labels_BT: i32 in [0, vocab_size).   weights_BT: f32, 0 where a token does not count.
       chunk_tokens: about how many tokens' logits exist at a time on a device; 0: as many as have the kernel's chunk_bytes.
       kernel: of LOSS; None is XLA's.
@@ -82,12 +82,11 @@ def cross_entropy_sums(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    return _on_mesh(partial(_local_sums, settings, False), settings)(x_BTD, head_VD, labels_BT, weights_BT)[:2]
+    return _terms(settings, False, x_BTD, head_VD, labels_BT, weights_BT)[:2]
 
 
 def _sums_forward(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    run = _on_mesh(partial(_local_sums, settings, True), settings)
-    objective, nats, dx_BTD, dhead_VD = run(x_BTD, head_VD, labels_BT, weights_BT)
+    objective, nats, dx_BTD, dhead_VD = _terms(settings, True, x_BTD, head_VD, labels_BT, weights_BT)
     return (objective, nats), (dx_BTD, gradient_of(head_VD, dhead_VD))
 
 
@@ -100,16 +99,8 @@ def _sums_backward(settings, saved, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _on_mesh(local, settings: Settings):
-    """`local` on every device's share: rows and positions of x, labels and weights, vocabulary rows of the head."""
-    layout = settings.layout
-    x, tokens = layout.spec(RESIDUAL), layout.spec(("batch", "seq"))
-    head, dhead = (layout.spec(HEAD, at=at) for at in ("step", "grads"))
-    return layout.on_mesh(local, (x, head, tokens, tokens), (jax.P(), jax.P(), x, dhead))
-
-
-def _local_sums(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT):
-    """(objective, nats, dx, dhead) with sums over the whole mesh; without `gradient` the last two are None."""
+def _terms(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT) -> tuple:
+    """(objective, nats, dx, dhead), the first two of the whole mesh; without `gradient` the last two are None."""
     layout = settings.layout
     head_VD = gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
     x_BTD = gather_positions(layout, x_BTD)

@@ -16,7 +16,6 @@ from jaxlm.config import ModelConfig
 from jaxlm.models import norm_kernel
 from jaxlm.models.kernels import Choice, choose, triton_refuses
 from jaxlm.models.params import add_bias, array, vector
-from jaxlm.parallel.dense import RESIDUAL
 from jaxlm.parallel.rules import Layout
 
 
@@ -44,14 +43,14 @@ class Norm(nnx.Module):
     def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         """(the stream's sum, its norm), both as RESIDUAL."""
         kernel = choose_norm(self.model, self.layout).kernel
-        settings = Settings(self.layout, self.kind, self.model.norm_eps, stream.y_BTD is not None)
+        settings = Settings(self.layout.platform != "gpu", self.kind, self.model.norm_eps, stream.y_BTD is not None)
         return kernel.run(stream, self.scale[...], array(self.bias), settings)
 
 
 class Settings(NamedTuple):
-    """What stays fixed in a run. adds: whether the stream has something to add."""
+    """What stays fixed in a run. interpret: no GPU is there.   adds: whether the stream has something to add."""
 
-    layout: Layout
+    interpret: bool
     kind: str
     eps: float
     adds: bool
@@ -59,7 +58,7 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class NormKernel:
-    """run: (Stream, scale_D, bias_D, Settings) -> (the stream's sum, its norm), differentiable, over whole arrays.
+    """run: (Stream, scale_D, bias_D, Settings) -> (the stream's sum, its norm), differentiable.
     adds: whether it adds and normalises in one pass, so that additions had better wait for it.
     refuses: (model config, layout) -> None if it serves, else the reason."""
 
@@ -90,36 +89,21 @@ def _pallas(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, at: Se
 
 
 def _pallas_forward(stream: Stream, scale_D: jax.Array, bias_D: jax.Array | None, at: Settings) -> tuple[tuple, tuple]:
-    layout = at.layout
-    local = partial(norm_kernel.forward, kind=at.kind, eps=at.eps, interpret=layout.platform != "gpu")
-    x, row, vector = _specs(layout)
-    run = layout.on_mesh(local, (x, x, vector, vector, vector), (x, x, row, row))
+    run = partial(norm_kernel.forward, kind=at.kind, eps=at.eps, interpret=at.interpret)
     s_BTD, normed_BTD, mean_BT, rstd_BT = run(*stream, scale_D, bias_D)
     return (s_BTD, normed_BTD), (s_BTD, mean_BT, rstd_BT, scale_D, bias_D, stream.bias_D)
 
 
 def _pallas_backward(at: Settings, saved: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
     *read, scale_D, bias_D, y_bias_D = saved
-    layout, vectors = at.layout, dict(scale=scale_D, bias=bias_D, y_bias=y_bias_D)
+    vectors = dict(scale=scale_D, bias=bias_D, y_bias=y_bias_D)
     wanted = tuple(name for name, leaf in vectors.items() if leaf is not None)
-    over = () if layout.inside else layout.split("batch", "residual")  # inside, finish_gradient adds them up
-
-    def local(*operands: jax.Array) -> tuple[jax.Array, dict]:
-        dx_BTD, sums = norm_kernel.backward(*operands, wanted=wanted, interpret=layout.platform != "gpu")
-        return dx_BTD, jax.lax.psum(sums, over) if over else sums
-
-    x, row, vector = _specs(layout)
-    dx_BTD, sums = layout.on_mesh(local, (x, x, x, row, row, vector), (x, vector))(*cotangents, *read, scale_D)
+    dx_BTD, sums = norm_kernel.backward(*cotangents, *read, scale_D, wanted=wanted, interpret=at.interpret)
     dstream = Stream(dx_BTD, dx_BTD if at.adds else None, sums.get("y_bias"))
     return dstream, sums["scale"], sums.get("bias")
 
 
 _pallas.defvjp(_pallas_forward, _pallas_backward)
-
-
-def _specs(layout: Layout) -> tuple[Any, Any, Any]:
-    """Where the stream, a number of each row of it, and vectors of the model width lie."""
-    return layout.spec(RESIDUAL), layout.spec(RESIDUAL[:2]), layout.spec(("channel",))
 
 
 def _pallas_refuses(model: ModelConfig, layout: Layout) -> str | None:

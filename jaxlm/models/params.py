@@ -39,11 +39,8 @@ def array(param: Parameter | None) -> jax.Array | None:
 
 
 def use(param: Parameter, dtype: str, layout: Layout) -> jax.Array:
-    """The parameter as compute wants it: cast where it rests, then gathered, so that links carry the compute dtype."""
-    if layout.inside:
-        return gather_weight(layout, param[...], param.dims, dtype)
-    at_rest = layout.constrain(param[...].astype(dtype), param.dims, at="step")  # or the gather moves above the cast
-    return layout.constrain(at_rest, param.dims)
+    """The parameter as compute wants it: cast as a step holds it, then gathered, so that links carry the compute dtype."""
+    return gather_weight(layout, param[...], param.dims, dtype)
 
 
 def products(model: ModelConfig, layout: Layout) -> Products:
@@ -52,14 +49,14 @@ def products(model: ModelConfig, layout: Layout) -> Products:
 
 
 def add_bias(y: jax.Array, bias: Parameter | jax.Array | None) -> jax.Array:
-    """y [B, T, F...] + bias [F...] in y's dtype; the bias' gradient is summed over rows and devices in float32."""
+    """y [B, T, F...] + bias [F...] in y's dtype; the bias' gradient is summed over rows in float32."""
     return y if bias is None else _add(y, bias[...])
 
 
 @jax.custom_vjp
 def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """With all dims of the bias as one and in the product's dtype: so cuBLAS adds it before it writes the product."""
-    return (y.reshape(*y.shape[:2], -1) + bias.astype(y.dtype).reshape(-1)).reshape(y.shape)
+    """As matrix and vector in the product's dtype: so cuBLAS adds it before it writes the product."""
+    return (y.reshape(-1, bias.size) + bias.astype(y.dtype).reshape(-1)).reshape(y.shape)
 
 
 def _add_backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:

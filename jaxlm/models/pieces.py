@@ -29,7 +29,7 @@ KEPT = ",".join(
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the pieces share. layout: an inside one.   loss: (x_BTD, head_VD, labels_BT, weights_BT) -> (objective, nats)."""
+    """What the pieces share. loss: (x_BTD, head_VD, labels_BT, weights_BT) -> (objective, nats)."""
 
     model: ModelConfig
     layout: Layout

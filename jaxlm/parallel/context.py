@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +90,14 @@ def _degree(layout: Layout, dim: str) -> tuple[str, int]:
 def attend(
     layout: Layout, kernel: Kernel, method: str, q_BTNH, k_BSKH, v_BSKH, slopes_N, keep_BNTS, documents_BT=None
 ) -> jax.Array:
-    """Causal attention of whole rows, as if on one device: context_BTNH in q's layout.
+    """Causal attention of whole rows, as if on one device: context_BTNH of this device's positions and heads, as q.
 
     The kernel's output and log-normaliser are both named attn_context: a backward that keeps that name runs no forward
     kernel again.
 
     Args:
       method: alltoall | allgather | ring, of no account where no row is split.
-      slopes_N: f32, ALiBi: slope * (t - s) is taken from the logits; or None. Gets no gradient.
+      slopes_N: f32, ALiBi, of all heads: slope * (t - s) is taken from the logits; or None. Gets no gradient.
       keep_BNTS: f32, multiplies the attention weights (dropout), alltoall only; or None. Gets no gradient.
       documents_BT: i32, a number of each position's document: attention stays inside; or None.
     """
@@ -110,40 +110,17 @@ def _attend(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep, 
 
 
 def _forward(layout: Layout, kernel: Kernel, method: str, q, k, v, slopes, keep, documents) -> tuple[jax.Array, tuple]:
-    meeting, at = _meeting(layout, method), _specs(layout, method)
-    operands = (at.query, at.key, at.key)
-    met = (at.met_query, at.met_key, at.met_key)
-    enter = layout.on_mesh(lambda *operands: tuple(map(meeting.enter, operands)), operands, met)
-    run = layout.on_mesh(
-        partial(meeting.forward, kernel),
-        (*met, *_present(at, slopes, keep, documents)),
-        (at.met_query, at.lse),
-    )
-    leave = layout.on_mesh(meeting.leave, (at.met_query,), at.query)
+    meeting, slopes = _meeting(layout, method), _share(layout, method, slopes)
     # what backward reads, in the layout that attention ran in: no operand meets twice
-    q, k, v = (checkpoint_name(x, name) for x, name in zip(enter(q, k, v), ("query", "key", "value")))
-    slopes = _share(layout, method, slopes)
-    out, lse = (checkpoint_name(x, "attn_context") for x in run(q, k, v, slopes, keep, documents))
-    return leave(out), (q, k, v, out, lse, slopes, keep, documents)
+    q, k, v = (checkpoint_name(meeting.enter(x), name) for x, name in zip((q, k, v), ("query", "key", "value")))
+    out, lse = (checkpoint_name(x, "attn_context") for x in meeting.forward(kernel, q, k, v, slopes, keep, documents))
+    return meeting.leave(out), (q, k, v, out, lse, slopes, keep, documents)
 
 
 def _backward(layout: Layout, kernel: Kernel, method: str, saved: tuple, dcontext_BTNH: jax.Array) -> tuple:
-    meeting, at = _meeting(layout, method), _specs(layout, method)
-    *_, slopes, keep, documents = saved
-
-    def local(q, k, v, out, lse, slopes, keep, documents, dcontext):
-        grads = meeting.backward(kernel, q, k, v, out, lse, meeting.enter(dcontext), slopes, keep, documents)
-        return tuple(map(meeting.leave, grads))
-
-    run = layout.on_mesh(
-        local,
-        (
-            *(at.met_query, at.met_key, at.met_key, at.met_query, at.lse),
-            *(*_present(at, slopes, keep, documents), at.query),
-        ),
-        (at.query, at.key, at.key),
-    )
-    return (*run(*saved, dcontext_BTNH), None, None, None)
+    meeting, (q, k, v, out, lse, *masks) = _meeting(layout, method), saved
+    grads = meeting.backward(kernel, q, k, v, out, lse, meeting.enter(dcontext_BTNH), *masks)
+    return (*map(meeting.leave, grads), None, None, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -176,9 +153,9 @@ class Heads:
 
 
 def _share(layout: Layout, method: str, slopes_N: jax.Array | None) -> jax.Array | None:
-    """The slopes of this device's heads where the code around is one device's share already; else all of them."""
+    """The slopes of the heads that this device attends for."""
     axes = layout.split("heads") + (layout.split("seq") if method == "alltoall" else ())
-    if slopes_N is None or not layout.inside or not axes:
+    if slopes_N is None or not axes:
         return slopes_N
     heads = slopes_N.shape[0] // layout.num_parts(axes)
     return jax.lax.dynamic_slice_in_dim(slopes_N, jax.lax.axis_index(axes) * heads, heads)
@@ -187,39 +164,3 @@ def _share(layout: Layout, method: str, slopes_N: jax.Array | None) -> jax.Array
 def _meeting(layout: Layout, method: str) -> Heads | Walk:
     axes, (_, C) = layout.split("seq"), _degree(layout, "seq")
     return Heads(axes) if method == "alltoall" or C == 1 else WALKS[method](axes, C)
-
-
-class _Specs(NamedTuple):
-    """Where arrays lie: between layers (query, key) and while a row meets (the rest)."""
-
-    query: jax.P
-    key: jax.P
-    met_query: jax.P
-    met_key: jax.P
-    lse: jax.P
-    slopes: jax.P
-    keep: jax.P
-    documents: jax.P
-
-
-def _present(at: _Specs, slopes: Any, keep: Any, documents: Any) -> tuple:
-    """Where those of the three lie that there are."""
-    pairs = ((slopes, at.slopes), (keep, at.keep), (documents, at.documents))
-    return tuple(None if array is None else spec for array, spec in pairs)
-
-
-def _specs(layout: Layout, method: str) -> _Specs:
-    (rows, seq, heads), (kv_heads,) = layout.axes(("batch", "seq", "heads")), layout.axes(("kv_heads",))
-    met, met_heads, met_kv_heads = seq, heads, kv_heads
-    if method == "alltoall":
-        met, met_heads, met_kv_heads = (), heads + seq, kv_heads + seq
-    return _Specs(
-        query=jax.P(rows, seq, heads),
-        key=jax.P(rows, seq, kv_heads),
-        met_query=jax.P(rows, met, met_heads),
-        met_key=jax.P(rows, met, met_kv_heads),
-        lse=jax.P(rows, met_heads, met),
-        slopes=jax.P(met_heads),
-        keep=jax.P(rows, met_heads),
-        documents=jax.P(rows, seq),
-    )

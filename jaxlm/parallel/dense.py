@@ -1,7 +1,7 @@
 # Dims: B rows, T positions, D model width, V padded vocabulary; F stands for all dims of a weight but the model width.
 """Products with the model's weights over a mesh, every collective placed by hand.
 
-Each function is the plain product of whole arrays; forward and backward are written for one device's share:
+Each function stands for the plain product of whole arrays; forward and backward see one device's share:
 
   columns   x [B, T, D] times weights [D, F]: positions gathered over the axes that split F, each device its share of F
   rows      y [B, T, F] times a weight [F, D]: partial sums added over the axes that split F and split over positions again;
@@ -9,26 +9,23 @@ Each function is the plain product of whole arrays; forward and backward are wri
   lookup    rows of a table [V, D] by token: no device ever holds more of the table than a step does
 
 A weight rests split further than it computes (the table's two columns): it is cast, gathered for the product, dropped, and
-gathered again for the backward. Its gradient is formed and summed in float32, scattered over the axes that split the weight
-at rest before it is summed over the other ones: what goes between groups (hybrid shard) is a shard.
+gathered again for the backward. Its gradient is formed in float32 and scattered over the axes that split the weight at rest;
+the sum over the other ones comes later (gradients.py).
 Sources: Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5; Korthikanti et al., arXiv:2205.05198, section 4.2 (positions
-split between tensor-parallel products); Zhang et al., MiCS, arXiv:2205.00119, section 3.4 (two-hop sums).
+split between tensor-parallel products).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout as MemoryLayout
-from jax.experimental.layout import with_layout_constraint
 
-from jaxlm.parallel.rules import At, Layout
+from jaxlm.parallel.gradients import scatter
+from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.working import Value, cast, gradient_of
 
 Dims = tuple[str, ...]
@@ -50,11 +47,11 @@ class Made(Protocol):
     """
 
     def forward(self, sums: tuple[jax.Array, ...], biases: tuple[jax.Array, ...], /) -> tuple[jax.Array, tuple]:
-        """(y, the sums as the backward reads them), of whole arrays."""
+        """(y, the sums as the backward reads them)."""
         ...
 
     def backward(self, sums: tuple, dx_BTD: jax.Array, w_FD: jax.Array, /) -> tuple[tuple, tuple]:
-        """Local: (d sums, d biases: f32[F...] a bias, added up over these rows and positions) given d(y times w [F..., D])."""
+        """(d sums, d biases: f32[F...] a bias, added up over these rows and positions) given d(y times w [F..., D])."""
         ...
 
 
@@ -97,11 +94,8 @@ class Products:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _columns(x_BTD, weights, p: Products, dims):
-    def local(x_BTD, weights):
-        x_BTD = gather_positions(p.layout, x_BTD)
-        return tuple(jnp.tensordot(x_BTD, gather_weight(p.layout, w, d, p.dtype), 1) for w, d in zip(weights, dims))
-
-    return _run(p, local, (RESIDUAL, dims), tuple(("batch", "seq", *d[1:]) for d in dims))(x_BTD, weights)
+    x_BTD = gather_positions(p.layout, x_BTD)
+    return tuple(jnp.tensordot(x_BTD, gather_weight(p.layout, w, d, p.dtype), 1) for w, d in zip(weights, dims))
 
 
 def _columns_forward(x_BTD, weights, p, dims):
@@ -109,22 +103,18 @@ def _columns_forward(x_BTD, weights, p, dims):
 
 
 def _columns_backward(p, dims, saved, dys):
-    def local(x_BTD, weights, dys):
-        x_BTD, weights, dys = _again(p, dims, (x_BTD, weights, dys))
-        x_BTD, dxs_BTD, dweights = gather_positions(p.layout, x_BTD), [], []
-        for w, d, dy_BTF in zip(weights, dims, dys):
-            w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
-            dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
-            dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-            dweights.append(dw_DF)
-        dx_BTD = reduce(lambda total, dx_BTD: dx_BTD + total, dxs_BTD)  # in this order cuBLAS adds as it writes
-        dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
-        dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
-        sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))
-        return dx_BTD, tuple(map(gradient_of, weights, sums))
-
-    outs = tuple(("batch", "seq", *d[1:]) for d in dims)
-    return _run(p, local, (RESIDUAL, dims, outs), (RESIDUAL, dims), grads=True)(*saved, dys)
+    x_BTD, weights, dys = _again(p, dims, (*saved, dys))
+    x_BTD, dxs_BTD, dweights = gather_positions(p.layout, x_BTD), [], []
+    for w, d, dy_BTF in zip(weights, dims, dys):
+        w_DF, F = gather_weight(p.layout, w, d, p.dtype), dy_BTF.ndim - 2
+        dxs_BTD.append(jnp.tensordot(dy_BTF, w_DF, (tuple(range(2, 2 + F)), tuple(range(1, 1 + F)))))
+        dw_DF = jnp.tensordot(x_BTD, dy_BTF, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        dweights.append(dw_DF)
+    dx_BTD = reduce(lambda total, dx_BTD: dx_BTD + total, dxs_BTD)  # in this order cuBLAS adds as it writes
+    dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
+    dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
+    sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))
+    return dx_BTD, tuple(map(gradient_of, weights, sums))
 
 
 _columns.defvjp(_columns_forward, _columns_backward)
@@ -136,62 +126,48 @@ def _rows(sums, biases, weight, p: Products, dims, made: Made):
 
 
 def _rows_forward(sums, biases, weight, p, dims, made):
-    def local(y_BTF, w):
-        x_BTD = jnp.tensordot(y_BTF, gather_weight(p.layout, w, dims, p.dtype), len(dims) - 1)
-        return scatter_positions(p.layout, x_BTD, p.layout.split(*dims[:-1]))
-
     y_BTF, sums = made.forward(sums, biases)
-    x_BTD = _run(p, local, (("batch", "seq", *dims[:-1]), dims), RESIDUAL)(y_BTF, weight)
-    return x_BTD, (sums, y_BTF, weight)
+    x_BTD = jnp.tensordot(y_BTF, gather_weight(p.layout, weight, dims, p.dtype), len(dims) - 1)
+    return scatter_positions(p.layout, x_BTD, p.layout.split(*dims[:-1])), (sums, y_BTF, weight)
 
 
 def _rows_backward(p, dims, made, saved, dx_BTD):
-    def local(sums, y_BTF, w, dx_BTD):
-        y_BTF, w, dx_BTD = _again(p, (dims,), (y_BTF, w, dx_BTD))
-        dx_BTD = gather_positions(p.layout, dx_BTD)
-        dsums, dbiases = made.backward(sums, dx_BTD, gather_weight(p.layout, w, dims, p.dtype))
-        dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-        dsums, dw_FD = _beside(p, (dsums, dw_FD))
-        dbiases = tuple(reduce_gradient(p.layout, db_F, dims[:-1]) for db_F in dbiases)
-        return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
-
-    y_dims = ("batch", "seq", *dims[:-1])
-    ins, outs = (y_dims, y_dims, dims, RESIDUAL), (y_dims, dims[:-1], dims)
-    return _run(p, local, ins, outs, grads=True)(*saved, dx_BTD)
+    sums, *operands = saved
+    y_BTF, w, dx_BTD = _again(p, (dims,), (*operands, dx_BTD))
+    dx_BTD = gather_positions(p.layout, dx_BTD)
+    dsums, dbiases = made.backward(sums, dx_BTD, gather_weight(p.layout, w, dims, p.dtype))
+    dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+    dsums, dw_FD = _beside(p, (dsums, dw_FD))
+    return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _lookup(table_VD, tokens_BT, p: Products, dims):
-    def local(table, tokens_BT):
-        at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
-        index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
-        x_BTD = jnp.where(hit[..., None], table_VD[index], 0)
-        if at_rest:  # each device found its channels of the whole group's rows: channels and rows change places
-            x_BTD = jax.lax.all_to_all(x_BTD, at_rest, 0, 2, tiled=True)
-        return scatter_positions(p.layout, x_BTD, p.layout.split("vocab"))
-
-    return _run(p, local, (dims, ("batch", "seq")), RESIDUAL)(table_VD, tokens_BT)
+def _lookup(table, tokens_BT, p: Products, dims):
+    at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
+    index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
+    x_BTD = jnp.where(hit[..., None], table_VD[index], 0)
+    if at_rest:  # each device found its channels of the whole group's rows: channels and rows change places
+        x_BTD = jax.lax.all_to_all(x_BTD, at_rest, 0, 2, tiled=True)
+    return scatter_positions(p.layout, x_BTD, p.layout.split("vocab"))
 
 
-def _lookup_forward(table_VD, tokens_BT, p, dims):
-    return _lookup(table_VD, tokens_BT, p, dims), (table_VD, tokens_BT)
+def _lookup_forward(table, tokens_BT, p, dims):
+    return _lookup(table, tokens_BT, p, dims), (table, tokens_BT)
 
 
 def _lookup_backward(p, dims, saved, dx_BTD):
-    def local(table, tokens_BT, dx_BTD):
-        at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
-        index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
-        dx_BTD = gather_positions(p.layout, dx_BTD)
-        if at_rest:
-            dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
-        dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
-        dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
-        return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, done=at_rest))
-
-    return _run(p, local, (dims, ("batch", "seq"), RESIDUAL), dims, grads=True)(*saved, dx_BTD), None
+    table, tokens_BT = saved
+    at_rest, table_VD = p.layout.gathered(dims)[1], cast(table, p.dtype)
+    index, hit = _local_rows(p.layout, table_VD, tokens_BT, at_rest)
+    dx_BTD = gather_positions(p.layout, dx_BTD)
+    if at_rest:
+        dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
+    dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
+    return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, done=at_rest)), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -208,18 +184,18 @@ def _local_rows(layout: Layout, table_VD, tokens_BT, group: tuple[str, ...]) -> 
 
 
 def input_gradient(dx_BTD: jax.Array, w_FD: jax.Array) -> jax.Array:
-    """Local: d y [B, T, F...] of x = y times w [F..., D]."""
+    """D y [B, T, F...] of x = y times w [F..., D]."""
     return jnp.tensordot(dx_BTD, w_FD, (2, w_FD.ndim - 1))
 
 
 def gather_positions(layout: Layout, x_BTD: jax.Array) -> jax.Array:
-    """Local: from RESIDUAL to ("batch", "seq", "embed")."""
+    """From RESIDUAL to ("batch", "seq", "embed")."""
     axes = layout.residual_axes
     return jax.lax.all_gather(x_BTD, axes, axis=1, tiled=True) if axes else x_BTD
 
 
 def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str, ...]) -> jax.Array:
-    """Local: partial sums over the axes `partial_over`, in ("batch", "seq", "embed"), to their sum as RESIDUAL."""
+    """Partial sums over the axes `partial_over`, in ("batch", "seq", "embed"), to their sum as RESIDUAL."""
     axes = layout.residual_axes
     if axes:
         x_BTD = jax.lax.psum_scatter(x_BTD, axes, scatter_dimension=1, tiled=True)
@@ -228,7 +204,7 @@ def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str,
 
 
 def gather_weight(layout: Layout, weight: Value, dims: Dims, dtype: Any) -> jax.Array:
-    """Local: from its share at rest to its share in compute, cast before it travels."""
+    """From its share at rest to its share in compute, cast before it travels."""
     w = cast(weight, dtype)
     for i, axes in enumerate(layout.gathered(dims)):
         w = jax.lax.all_gather(w, axes, axis=i, tiled=True) if axes else w
@@ -236,35 +212,9 @@ def gather_weight(layout: Layout, weight: Value, dims: Dims, dtype: Any) -> jax.
 
 
 def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, done: tuple[str, ...] = ()) -> jax.Array:
-    """Local: this device's part of a sum over rows and positions, to its share of the whole sum where gradients lie.
-
-    Inside code that is local itself, to where the parameter rests: the other sums are left to `finish_gradient`.
-    done: axes over which it is summed and split already.
-    """
-    split = [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims, at="grads")]
-    if layout.inside:
-        split = [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims)]
-    dw = _scatter(dw, split)
-    over = [axis for axis in layout.split("batch", "seq") if axis not in (*done, *itertools.chain(*split))]
-    return jax.lax.psum(dw, tuple(over)) if over and not layout.inside else dw
-
-
-def finish_gradient(layout: Layout, dw: jax.Array, dims: Dims) -> jax.Array:
-    """Local: a parameter's gradient of this device's rows, as local code leaves it, to its share of the whole sum."""
-    pairs = zip(layout.gathered(dims, at="grads"), layout.gathered(dims))
-    dw = _scatter(dw, [tuple(axis for axis in grads if axis not in params) for grads, params in pairs])
-    own = [axis for axes in layout.axes(dims, at="grads") for axis in axes]
-    over = tuple(axis for axis in layout.split("batch", "residual") if axis not in own)
-    return jax.lax.psum(dw, over) if over else dw
-
-
-def _scatter(dw: jax.Array, split: Iterable[tuple[str, ...]]) -> jax.Array:
-    for i, axes in enumerate(split):
-        if axes:
-            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=i, tiled=True)
-            # the dim that is split is the outer one in memory then: else parameter and moments would turn to it and back
-            dw = with_layout_constraint(dw, MemoryLayout(tuple(range(dw.ndim))))
-    return dw
+    """This device's part of a weight's gradient, scattered as a step holds the weight. Over the other axes that split
+    rows and positions it is a part still, which gradients.py sums. done: axes over which it is summed and split already."""
+    return scatter(dw, [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims)])
 
 
 def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:
@@ -277,14 +227,3 @@ def _beside(p: Products, gradients: Any) -> Any:
     """`gradients` of a product's input and weights, none handed on before all are formed, where positions are split: a weight's
     hides the exchange of the input's. The compiler would put it off to the step's end, with all that it is formed from."""
     return jax.lax.optimization_barrier(gradients) if p.layout.residual_axes else gradients
-
-
-def _run(p: Products, local: Any, in_dims: Any, out_dims: Any, *, grads: bool = False) -> Any:
-    """`local` on the mesh; operands and results given by their dims: weights where they rest, gradients where they lie."""
-
-    def specs(tree: Any, at: At) -> Any:
-        if isinstance(tree[0], str):
-            return p.layout.spec(tree) if tree[0] == "batch" else p.layout.spec(tree, at=at)
-        return tuple(specs(branch, at) for branch in tree)
-
-    return p.layout.on_mesh(local, specs(in_dims, "step"), specs(out_dims, "grads" if grads else "step"))

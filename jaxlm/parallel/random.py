@@ -14,13 +14,13 @@ from jaxlm.parallel.rules import Layout
 def keep_mask(
     layout: Layout, key: jax.Array, shape: Sequence[int], axes: Sequence[tuple[str, ...]], keep: float
 ) -> jax.Array:
-    """bool of `shape`, true with probability `keep`: jax.random.bernoulli of the whole array, or this device's share.
+    """bool of `shape`, true with probability `keep`: this device's share of jax.random.bernoulli's whole array.
 
     Args:
       key: of the threefry kind, whose bits for entry i are a hash of (key, i): so a share can be drawn by itself.
-      shape: of the whole array, or of the share in a layout that is `inside`.   axes: mesh axes of each dim.
+      shape: of this device's share.   axes: mesh axes of each dim.
     """
-    if not layout.inside:
+    if layout.mesh.size == 1:
         return jax.random.bernoulli(key, keep, tuple(shape))
     hi, lo = jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)
     for dim, (size, names) in enumerate(zip(shape, axes, strict=True)):

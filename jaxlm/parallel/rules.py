@@ -104,15 +104,12 @@ class Layout:
 
     zero: what lies by the storage column: 1 parameters and optimizer's state between steps, 2 gradients too, 3 weights
       during a step too; below, a step begins by gathering them all.
-    inside: the code that holds this layout is one device's share already (inside a shard_map over the whole mesh):
-      arrays are local, and sums of gradients over rows wait for `dense.finish_gradient`.
     """
 
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
     zero: int = 3
     context_method: str = "auto"  # mesh.context_method, which parallel/context.py resolves
-    inside: bool = False
 
     def axes(self, dims: Sequence[str], *, at: At = "compute") -> tuple[tuple[str, ...], ...]:
         """Mesh axes of each of `dims`. Raises ValueError on an unknown dim or an axis used twice."""
@@ -155,13 +152,13 @@ class Layout:
         return tuple(axis for axes in self.axes(dims) for axis in axes if self.mesh.shape[axis] > 1)
 
     def first(self, dim: str, size: int) -> jax.Array | int:
-        """Where this device's share of `size` along `dim` begins in the whole: 0 for code that sees the whole."""
+        """Local: where this device's share of `size` along `dim` begins in the whole."""
         axes = self.split(dim)
-        return jax.lax.axis_index(axes) * size if self.inside and axes else 0
+        return jax.lax.axis_index(axes) * size if axes else 0
 
     def whole(self, dim: str, size: int) -> int:
-        """The size of the whole along `dim`, of which this code sees a share of `size`: that itself outside."""
-        return size * self.num_parts(self.split(dim)) if self.inside else size
+        """The size of the whole along `dim`, of which a device's share is `size`."""
+        return size * self.num_parts(self.split(dim))
 
     @property
     def residual_axes(self) -> tuple[str, ...]:
@@ -177,17 +174,12 @@ class Layout:
     def on_mesh(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`local`, written for one device's share with its own collectives, as a function of whole arrays.
 
-        It is not differentiated: what calls it has a custom_vjp whose forward and backward both go through here.
+        The one way from code that sees whole arrays (step.py, the optimizer) to code that is called local (the model, its
+        loss, the gradients of both). It is not differentiated: gradients are taken on the inside.
         """
-        if self.mesh.size == 1 or self.inside:
+        if self.mesh.size == 1:
             return local
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def constrain(self, x: jax.Array, dims: Sequence[str], *, at: At = "compute") -> jax.Array:
-        """`x` held to its layout; nothing on a single device."""
-        return (
-            x if self.mesh.size == 1 or self.inside else jax.lax.with_sharding_constraint(x, self.sharding(dims, at=at))
-        )
 
     def check_divides(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> None:
         """Raises UserError where a dim at rest does not split evenly over its mesh axes."""
@@ -200,6 +192,11 @@ class Layout:
                 if dim == "vocab" and "pipeline" in axes:  # another multiple is a table that a checkpoint does not have
                     remedy += "; to keep a checkpoint's table: mesh.rules='vocab=model/model'"
                 raise UserError(Problem(text, f"does not split over {over} = {parts}", remedy))
+
+
+def is_vector(dims: Sequence[str]) -> bool:
+    """Whether a parameter of these dims is a scale or a bias: no product's weight, no table."""
+    return "embed" not in dims
 
 
 def by_dims(function: Callable, dims: Any, *trees: Any) -> Any:

@@ -1,6 +1,7 @@
 """Working copies: weights in the compute dtype, cast once a step, whose gradients are float32 all the same.
 
-Where a step holds all weights (mesh.zero below 3) they are gathered here, once a step, in the compute dtype.
+Where a step holds all weights (mesh.zero below 3) they are gathered here, once a step, in the compute dtype. Local, as all code
+of a step but the optimizer.
 
 A step that runs through many microbatches would cast every weight for each of them; the compiler does not take the cast out
 of the loop. But the gradient of a bfloat16 array is bfloat16, and what it rounds is lost before the sum over
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.rules import Layout, by_dims
+from jaxlm.parallel.rules import Layout, by_dims, is_vector
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["value", "hook"], meta_fields=[])
@@ -36,21 +37,22 @@ Value = jax.Array | Working  # of a weight: as it rests, or as a step reads it
 
 
 def working_copies(params: Any, dims: Any, dtype: str, layout: Layout) -> Any:
-    """`params` with each weight of a product, and each table that is looked up in, as a working copy; all as a step holds them.
+    """Of `params` at rest, as a step holds them: working copies of products' weights and of tables that are looked up in.
 
     These are the parameters with the model's width among their dims, but for the positions, which are added in float32.
     """
 
     def held(param: jax.Array, of: tuple[str, ...]) -> jax.Array:
-        if layout.axes(of, at="step") == layout.axes(of, at="rest"):
-            return param
-        at_rest = layout.constrain(param, of, at="rest")  # or the gather moves above the cast
-        return layout.constrain(at_rest, of, at="step")
+        for i, (rest, step) in enumerate(zip(layout.gathered(of, at="rest"), layout.gathered(of))):
+            axes = tuple(axis for axis in rest if axis not in step)
+            param = jax.lax.all_gather(param, axes, axis=i, tiled=True) if axes else param
+        return param
 
     def copy(of: tuple[str, ...], param: jax.Array) -> Value:
-        if "embed" not in of or "position" in of:
+        if is_vector(of) or "position" in of:
             return held(param, of)
-        return Working(held(param.astype(dtype), of), jnp.zeros_like(param))
+        value = held(param.astype(dtype), of)
+        return Working(value, jnp.zeros(value.shape, param.dtype))
 
     return by_dims(copy, dims, params)
 

@@ -15,7 +15,8 @@ from jaxlm.config import UserError
 from jaxlm.models import activation_kernel, product_gelu_kernel
 from jaxlm.models.mlp import ACTIVATION, Activation, choose_activation, gelu, swiglu
 from jaxlm.models.params import Parameter, add_bias
-from jaxlm.parallel.dense import Products
+from jaxlm.parallel.dense import RESIDUAL, Products
+from jaxlm.parallel.gradients import finish_gradients
 
 PALLAS, XLA = (next(kernel for kernel in ACTIVATION if kernel.name == name) for name in ("pallas", "xla"))
 FUNCTIONS = {gelu: 1, swiglu: 2}  # and of how many sums
@@ -38,8 +39,19 @@ def gradients(kernel, function, layout, shape):
         down = Parameter(down, dims=("mlp", "embed"), role="kernel")
         return Products(layout, "float32").rows_of(made, sums, biases, down)
 
-    args = tuple(arrays[::2]), tuple(arrays[1::2]), down
-    return jax.jit(lambda *args: jax.vjp(run, *args)[1](dx))(*args)
+    def local(sums, biases, down, dx):
+        dsums, dbiases, ddown = jax.vjp(run, sums, biases, down)[1](dx)
+        dims = [[("mlp",)] * len(biases), ("mlp", "embed")]
+        dbiases, ddown = finish_gradients(layout, dims, [list(dbiases), ddown])
+        return dsums, tuple(dbiases), ddown
+
+    y, bias, weight = (
+        layout.spec(("batch", "seq", "mlp")),
+        layout.spec(("mlp",)),
+        layout.spec(("mlp", "embed"), at="rest"),
+    )
+    local = layout.on_mesh(local, (y, bias, weight, layout.spec(RESIDUAL)), (y, bias, weight))
+    return jax.jit(local)(tuple(arrays[::2]), tuple(arrays[1::2]), down, dx)
 
 
 @pytest.mark.parametrize(("function", "shape"), [(gelu, (2, 33, 40)), (swiglu, (1, 16, 300))], ids=["gelu", "swiglu"])

@@ -17,6 +17,8 @@ from jaxlm.config import UserError
 from jaxlm.models import norm_kernel
 from jaxlm.models.gpt import GPT
 from jaxlm.models.norm import NORM, Settings, Stream, choose_norm
+from jaxlm.parallel.dense import RESIDUAL
+from jaxlm.parallel.gradients import finish_gradients
 
 PALLAS, XLA = (next(kernel for kernel in NORM if kernel.name == name) for name in ("pallas", "xla"))
 one_device = test_pipeline.one_device
@@ -59,13 +61,13 @@ CASES = [  # rows and widths that no block divides, and such that are a power of
 @pytest.mark.parametrize(("kind", "shape", "parts"), CASES, ids=str)
 def test_one_pass_is_the_sum_the_norm_and_their_derivative(monkeypatch, kind, shape, parts):
     monkeypatch.setattr(norm_kernel, "WARPS", 12)  # three programs
-    at = Settings(tiny.layout(), kind, 1e-5, parts["adds"])
+    at = Settings(True, kind, 1e-5, parts["adds"])
     args, cotangents = operands(shape, **parts)
     near(run(PALLAS, at, args, cotangents), run(XLA, at, args, cotangents), REORDERED)
 
 
 def test_bfloat16_is_rounded_once_where_it_is_written():
-    at = Settings(tiny.layout(), "layernorm", 1e-5, True)
+    at = Settings(True, "layernorm", 1e-5, True)
     args, cotangents = operands((2, 7, 24), adds=True, y_bias=True, bias=True, dtype="bfloat16")
     (s, normed), grads = run(PALLAS, at, args, cotangents)
     (stream, scale, bias), cotangents = jax.tree.map(lambda a: a.astype("float32"), (args, cotangents))
@@ -73,7 +75,7 @@ def test_bfloat16_is_rounded_once_where_it_is_written():
     np.testing.assert_array_equal(s, exact.astype("bfloat16"))
     # from the rounded sum on, everything is float32 up to the one rounding of what is written, 2^-9
     args = (Stream(s.astype("float32")), scale, bias)
-    (_, want), (dstream, *dvectors) = run(XLA, Settings(tiny.layout(), "layernorm", 1e-5, False), args, cotangents)
+    (_, want), (dstream, *dvectors) = run(XLA, Settings(True, "layernorm", 1e-5, False), args, cotangents)
     near((normed, grads[0].x_BTD, grads[0].y_BTD), (want, dstream.x_BTD, dstream.x_BTD), 2**-9)
     near((grads[0].bias_D, *grads[1:]), (dstream.x_BTD.sum((0, 1)), *dvectors), REORDERED)
     assert {a.dtype.name for a in (s, normed, grads[0].x_BTD)} == {"bfloat16"} and grads[1].dtype == "float32"
@@ -83,9 +85,19 @@ MESH = dict(data=2, fsdp=2, model=2)  # rows over four devices, positions over t
 
 
 def test_on_a_mesh_each_row_counts_once():
-    args, cotangents = operands((4, 4, 24), adds=True, y_bias=True, bias=True)
-    settings = [Settings(tiny.layout(n, **mesh), "layernorm", 1e-5, True) for n, mesh in ((8, MESH), (1, {}))]
-    near(run(PALLAS, settings[0], args, cotangents), run(XLA, settings[1], args, cotangents), REORDERED)
+    (stream, *vectors), cotangents = operands((4, 4, 24), adds=True, y_bias=True, bias=True)
+    at, layout = Settings(True, "layernorm", 1e-5, True), tiny.layout(8, **MESH)
+
+    def local(stream, vectors, cotangents):
+        out, (dstream, *dvectors) = run(PALLAS, at, (stream, *vectors), cotangents)
+        bias, *dvectors = finish_gradients(layout, [("channel",)] * 3, [dstream.bias_D, *dvectors])
+        return out, (dstream._replace(bias_D=bias), *dvectors)
+
+    x, one = layout.spec(RESIDUAL), jax.P()
+    streams = Stream(x, x, one)
+    on_mesh = layout.on_mesh(local, (streams, [one, one], (x, x)), ((x, x), (streams, one, one)))
+    want = run(XLA, at, (stream, *vectors), cotangents)
+    near(jax.jit(on_mesh)(stream, vectors, cotangents), want, REORDERED)
 
 
 def additions(jaxpr, shape) -> int:

@@ -35,8 +35,19 @@ def operands(N, K):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def run(layout, kernel, method, q, k, v, slopes, keep, dout):
     """(out, dq, dk, dv)."""
-    out, gradients = jax.vjp(lambda q, k, v: attend(layout, kernel, method, q, k, v, slopes, keep), q, k, v)
-    return out, *gradients(dout)
+
+    def local(q, k, v, slopes, keep, dout):
+        out, gradients = jax.vjp(lambda q, k, v: attend(layout, kernel, method, q, k, v, slopes, keep), q, k, v)
+        return out, *gradients(dout)
+
+    query, key, (rows, seq, heads) = *specs(layout), layout.axes(("batch", "seq", "heads"))
+    ins = (query, key, key, jax.P(), jax.P(rows, heads + seq), query)
+    return layout.on_mesh(local, ins, (query, query, key, key))(q, k, v, slopes, keep, dout)
+
+
+def specs(layout):
+    """Where queries lie between layers, and where keys do."""
+    return layout.spec(("batch", "seq", "heads")), layout.spec(("batch", "seq", "kv_heads"))
 
 
 @cache
@@ -242,12 +253,13 @@ def test_every_method_keeps_to_documents_and_sends_nothing_between_them(method, 
     slopes, starts = jnp.asarray(alibi_slopes(N)) if alibi else None, documents()
     dout = dout * (starts == 8)[..., None, None]  # the third document of the first row
 
-    @jax.jit
-    def apart(q, k, v, starts):
+    def apart(q, k, v, starts, dout):
         out, back = jax.vjp(lambda *qkv: attend(layout, XLA, method, *qkv, slopes, None, starts), q, k, v)
         return out, *back(dout)
 
-    out, *grads = apart(q, k, v, starts)
+    query, key = specs(layout)
+    apart = layout.on_mesh(apart, (query, key, key, layout.spec(("batch", "seq")), query), (query, query, key, key))
+    out, *grads = jax.jit(apart)(q, k, v, starts, dout)
     for row in range(B):
         for start in np.unique(starts[row]):
             here = np.flatnonzero(starts[row] == start)

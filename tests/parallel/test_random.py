@@ -12,15 +12,14 @@ from jaxlm.parallel.random import _times, keep_mask
 @pytest.mark.parametrize("dims", [("batch", "residual", "embed"), ("batch", "heads", "channel", "channel")])
 def test_every_device_draws_its_share_of_one_mask(dims):
     layout, shape = tiny.layout(8, data=2, fsdp=1, context=2, model=2), (4, 8, 12, 6)[: len(dims)]
-    inside = type(layout)(layout.mesh, layout.rules, inside=True)
     spec = layout.spec(dims)
     local = layout.sharding(dims).shard_shape(shape)
     key = jax.random.key(7)
 
     def share() -> jax.Array:
-        return keep_mask(inside, key, local, layout.axes(dims), 0.7)
+        return keep_mask(layout, key, local, layout.axes(dims), 0.7)
 
-    whole = jax.jit(jax.shard_map(share, mesh=layout.mesh, in_specs=(), out_specs=spec, check_vma=False))()
+    whole = jax.jit(layout.on_mesh(share, (), spec))()
     np.testing.assert_array_equal(whole, jax.random.bernoulli(key, 0.7, shape))
     assert 0.6 < np.mean(whole) < 0.8
 

@@ -12,6 +12,7 @@ import tiny
 
 from jaxlm.models.loss import cross_entropy_sums
 from jaxlm.parallel.dense import Products
+from jaxlm.parallel.rules import by_dims
 from jaxlm.parallel.working import Working, gradients, working_copies
 from jaxlm.step import abstract_state, make_program
 
@@ -55,12 +56,25 @@ def test_gradients_of_working_copies_keep_what_bfloat16_would_round():
             assert np.mean(rounded == grad) < 0.6, name
 
 
+def gather_all(program):
+    """Of parameters at rest what a step reads, under jit."""
+    layout, dims = program.layout, program.dims
+
+    def local(params):
+        copies = working_copies(params, dims, "bfloat16", layout)
+        return jax.tree.map(
+            lambda leaf: getattr(leaf, "value", leaf), copies, is_leaf=lambda leaf: isinstance(leaf, Working)
+        )
+
+    rest, step = (by_dims(partial(layout.spec, at=at), dims) for at in ("rest", "step"))
+    return jax.jit(layout.on_mesh(local, (rest,), step))
+
+
 def test_a_step_that_holds_its_weights_gathers_them_in_the_compute_dtype():
-    """As the partitioner is told: XLA's CPU compiler would gather float32 whatever it is given."""
+    """As XLA is given it: its CPU compiler would gather float32 all the same."""
     for zero, weights in ((2, 6 * 3 + 1), (3, 0)):
         program = make_program(tiny.config(dtype="bfloat16"), tiny.layout(4, data=1, fsdp=4, zero=zero))
-        copy = partial(working_copies, dims=program.dims, dtype="bfloat16", layout=program.layout)
-        text = jax.jit(copy).lower(abstract_state(program).params).as_text()
-        held = re.findall(r"sharding_constraint .*tensor<([\dx]+)x(\w+)>", text)  # at rest, and as a step holds it
-        assert len([kind for _, kind in held if kind == "bf16"]) == 2 * weights
-        assert [shape for shape, kind in held if kind != "bf16"] == ["16x24"] * (2 if weights else 0)  # positions
+        text = gather_all(program).lower(abstract_state(program).params).as_text()
+        held = re.findall(r"all_gather.* -> tensor<([\dx]+)x(\w+)>", text)
+        assert len([kind for _, kind in held if kind == "bf16"]) == weights
+        assert [shape for shape, kind in held if kind != "bf16"] == ["16x24"] * (1 if weights else 0)  # positions
