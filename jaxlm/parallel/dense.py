@@ -169,8 +169,8 @@ def _lookup_backward(p, dims, saved, dx_BTD):
         dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
     dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
     # rows as they lie in x, or the sum over devices turns what is added to as well: on an H100 seven times as slow
-    none_VD = with_layout_constraint(jnp.zeros(table_VD.shape, jnp.float32), MemoryLayout((0, 1)))
-    dtable_VD = with_layout_constraint(none_VD.at[index].add(dx_BTD), MemoryLayout((0, 1)))
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
+    dtable_VD = jax.lax.optimization_barrier(with_layout_constraint(dtable_VD, MemoryLayout((0, 1))))
     return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, done=at_rest)), None
 
 
