@@ -58,6 +58,12 @@ def sent(layers: int, mesh: dict, *, accumulate: int = 1) -> collections.Counter
         # weights that a step holds are gathered once for its two microbatches
         (dict(data=1, fsdp=8, zero=2, accumulate=2), "6 all-gather fsdp, 12 reduce-scatter fsdp",
          {"all-gather fsdp": WEIGHTS, "reduce-scatter fsdp": 2 * WEIGHTS}),
+        # and gradients that lie whole are scattered once
+        (dict(data=1, fsdp=8, zero=1, accumulate=2), "6 all-gather fsdp, 6 reduce-scatter fsdp",
+         {"all-gather fsdp": WEIGHTS, "reduce-scatter fsdp": WEIGHTS}),
+        # between replicas of the parameters once a step, whatever there is of microbatches
+        (dict(data=2, fsdp=4, zero=2, accumulate=2), "6 all-gather fsdp, 12 reduce-scatter fsdp",
+         {"all-gather fsdp": WEIGHTS, "all-reduce data": WEIGHTS / 4, "reduce-scatter fsdp": 2 * WEIGHTS}),
     ],
     ids=str,
 )  # fmt: skip
