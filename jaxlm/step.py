@@ -278,7 +278,7 @@ def mean_loss_and_grads(program: Program, params: Any, batch: Batch, step: jax.A
         nats, grads = _sum_over_microbatches(program, terms, batch)
         tokens = _counted_tokens(layout, batch)
         share = 1 / jnp.maximum(tokens, 1)
-        grads = jax.tree.map(lambda g: g * share, finish_gradients(layout, dims, grads))
+        grads = finish_gradients(layout, dims, grads, share)
         return nats * share, tokens, grads, global_norm(layout, dims, grads)
 
     at, one = by_dims(partial(layout.spec, at="rest"), dims), jax.P()

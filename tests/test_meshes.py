@@ -180,13 +180,14 @@ def test_bfloat16_differs_over_a_mesh_by_its_own_rounding_alone(one_device, degr
 
 
 MUTATIONS = {  # what a broken collective or a wrong row would do: numbers that are wrong without an error
-    "gradients not summed over data": (step_module, "finish_gradients", lambda real: lambda layout, dims, grads: real(
-        dataclasses.replace(layout, rules=with_rows(["batch=fsdp/fsdp"], layout.rules)), dims, grads)),
+    "gradients not summed over data": (step_module, "finish_gradients", lambda real: lambda layout, *args: real(
+        dataclasses.replace(layout, rules=with_rows(["batch=fsdp/fsdp"], layout.rules)), *args)),
     "tensor-parallel partial sums not added": (dense, "scatter_positions", lambda real: lambda layout, x, over: (
         jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * (x.shape[1] // 2), x.shape[1] // 2, 1))),
     "loss not summed over positions": (jax.lax, "psum", lambda real: lambda x, axes: (
         x if isinstance(x, tuple) else real(x, axes))),
-    "softmax over this device's vocabulary alone": (jax.lax, "pmax", lambda real: lambda x, axes: x),
+    "softmax over this device's vocabulary alone": (jax.lax, "all_gather", lambda real: lambda x, axes, **how: (
+        jnp.stack([x, x], 1) if how == dict(axis=1) else real(x, axes, **how))),
     "tokens of another vocabulary shard looked up here": (dense, "_local_rows", lambda real: lambda *args: (
         real(*args)[0], jnp.ones_like(real(*args)[1]))),
     "a weight gathered in the wrong order": (dense, "gather_weight", lambda real: lambda layout, w, dims, dtype: (

@@ -220,7 +220,8 @@ def test_a_pipeline_that_can_not_run_is_refused(pipeline, mesh, message):
 
 
 MUTATIONS = {
-    "gradients of vectors not summed over rows": (step_module, "finish_gradients", lambda layout, dims, grads: grads),
+    "gradients of vectors not summed over rows": (step_module, "finish_gradients", lambda layout, dims, grads, share: (
+        jax.tree.map(lambda g: g * share, grads))),
     "what another stage holds sent to the loss": (_Run, "from_stage", lambda run, stage, x: jax.lax.psum(
         jnp.where(run.stage == 1, x, 0), run.axis)),
     "activations sent backwards": (_Run, "send", lambda run, x, step: jax.lax.ppermute(

@@ -28,10 +28,10 @@ def lay_gradient(layout: Layout, dims: Dims, dw: jax.Array, *, came: At, goes: A
     return scatter(dw, [tuple(axis for axis in new if axis not in old) for old, new in pairs])
 
 
-def finish_gradients(layout: Layout, dims: Any, grads: Any) -> Any:
-    """This device's parts of all gradients, as they added up, to its shares at rest of their sums.
+def finish_gradients(layout: Layout, dims: Any, grads: Any, factor: jax.Array | float = 1.0) -> Any:
+    """This device's parts of all gradients, as they added up, to its shares at rest of their sums times `factor`.
 
-    Vectors of one kind are summed as one array: a message for each, or a copy there and back, costs more than their numbers.
+    Vectors of one kind become one array here: a message or a kernel for each costs more than their numbers.
     """
     laid = by_dims(partial(lay_gradient, layout, came="grads", goes="rest"), dims, grads)
     sums, tree = jax.tree.flatten(laid)
@@ -39,13 +39,13 @@ def finish_gradients(layout: Layout, dims: Any, grads: Any) -> Any:
     for i, (of, dw) in enumerate(zip(_leaves(dims), sums, strict=True)):
         own = [axis for axes in layout.axes(of, at="rest") for axis in axes]
         over = tuple(axis for axis in layout.split("batch", "residual") if axis not in own)
-        if over:
-            kinds.setdefault((over, dw.shape if is_vector(of) else i), []).append(i)
+        if is_vector(of):
+            kinds.setdefault((over, dw.shape), []).append(i)
+        else:
+            sums[i] = factor * (jax.lax.psum(dw, over) if over else dw)
     for (over, _), members in kinds.items():
-        if len(members) == 1:
-            sums[members[0]] = jax.lax.psum(sums[members[0]], over)
-            continue
-        for i, dw in zip(members, jax.lax.psum(jnp.stack([sums[i] for i in members]), over)):
+        stacked = jax.lax.optimization_barrier(jnp.stack([sums[i] for i in members]))  # or the compiler takes it apart
+        for i, dw in zip(members, factor * (jax.lax.psum(stacked, over) if over else stacked)):
             sums[i] = dw
     return jax.tree.unflatten(tree, sums)
 
@@ -53,16 +53,21 @@ def finish_gradients(layout: Layout, dims: Any, grads: Any) -> Any:
 def global_norm(layout: Layout, dims: Any, grads: Any) -> jax.Array:
     """Root of the sum of all squares of gradients at rest, f32[].
 
-    Vectors of one kind are squared as one array: a kernel or two for each would take longer than their sums.
+    Rows are summed for each array, and then all rows' sums at once: a kernel for each array's would take longer than its sum.
+    So too vectors of one kind are squared as one array.
     """
     groups: dict[Any, list] = {}
     for i, (of, g) in enumerate(zip(_leaves(dims), jax.tree.leaves(grads), strict=True)):
         groups.setdefault((of, g.shape if is_vector(of) else i), []).append(g)
-    squares: dict[tuple[str, ...], Any] = {}
+    squares: dict[tuple[str, ...], list] = {}
     for (of, _), group in groups.items():
         own = tuple(axis for axes in layout.axes(of, at="rest") for axis in axes if layout.mesh.shape[axis] > 1)
-        squares[own] = squares.get(own, 0.0) + jnp.square(jnp.stack(group)).sum()
-    return jnp.sqrt(sum(jax.lax.psum(square, own) if own else square for own, square in squares.items()))
+        squares.setdefault(own, []).append(jnp.square(jnp.stack(group)).sum(-1).ravel())
+    total = jnp.float32(0)
+    for own, rows in squares.items():
+        square = jax.lax.optimization_barrier(jnp.concatenate(rows)).sum()  # or the compiler sums each by itself
+        total = total + (jax.lax.psum(square, own) if own else square)
+    return jnp.sqrt(total)
 
 
 def scatter(dw: jax.Array, split: Iterable[tuple[str, ...]]) -> jax.Array:
