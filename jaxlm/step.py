@@ -32,8 +32,8 @@ from jaxlm.optim.schedule import make_schedule
 from jaxlm.parallel.check import Declared, check_layout
 from jaxlm.parallel.context import choose_context
 from jaxlm.parallel.gradients import finish_gradients, global_norm, lay_gradient
-from jaxlm.parallel.rules import Layout, by_dims
-from jaxlm.parallel.working import gradients, working_copies
+from jaxlm.parallel.rules import At, Dims, Layout, by_dims
+from jaxlm.parallel.working import gradients, has_copy, working_copies
 from jaxlm.parallel.xla import Options, compiler_options
 from jaxlm.pipelined import Pipeline, init_slot, loss, loss_and_grads, make_pipeline, slot_dims, slot_shapes
 
@@ -269,11 +269,15 @@ def mean_loss_and_grads(program: Program, params: Any, batch: Batch, step: jax.A
 
     def local(params: Any, batch: Batch, step: jax.Array) -> tuple:
         key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-        held = working_copies(params, dims, config.model.dtype, layout)
+        at: At = "grads" if program.pipe is None else "step"  # a pipeline's lie so after its last microbatch
+        held = working_copies(params, dims, config.model.dtype, layout, at=at)
+
+        def lay(of: Dims, g: jax.Array) -> jax.Array:
+            return lay_gradient(layout, of, g, came=at if has_copy(of) else "step", goes="grads")
 
         def terms(rows: Batch, m: jax.Array | int) -> tuple[jax.Array, Any]:
             nats, grads = _loss_and_grads(program, held, rows, key, m)
-            return nats, by_dims(partial(lay_gradient, layout, came="step", goes="grads"), dims, grads)
+            return nats, by_dims(lay, dims, grads)
 
         nats, grads = _sum_over_microbatches(program, terms, batch)
         tokens = _counted_tokens(layout, batch)
@@ -281,8 +285,8 @@ def mean_loss_and_grads(program: Program, params: Any, batch: Batch, step: jax.A
         grads = finish_gradients(layout, dims, grads, share)
         return nats * share, tokens, grads, global_norm(layout, dims, grads)
 
-    at, one = by_dims(partial(layout.spec, at="rest"), dims), jax.P()
-    ins, outs = (at, batch_specs(program, batch), one), (one, one, at, one)
+    rest, one = by_dims(partial(layout.spec, at="rest"), dims), jax.P()
+    ins, outs = (rest, batch_specs(program, batch), one), (one, one, rest, one)
     return layout.on_mesh(local, ins, outs)(params, batch, step)
 
 

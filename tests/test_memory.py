@@ -11,7 +11,7 @@ import tiny
 
 from jaxlm.feed import put_batch
 from jaxlm.models.presets import PRESETS
-from jaxlm.step import abstract_state, batch_sharding, compile_init, compile_step, init_state, make_program
+from jaxlm.step import abstract_state, batch_sharding, compile_init, compile_step, init_state, make_program, num_params
 
 SIZED = dict(vocab_size=1024, embed_dim=256, num_layers=1, num_heads=8, max_seq_len=16)
 
@@ -81,3 +81,15 @@ def test_offloaded_moments_rest_on_the_host_and_change_no_number():
         assert kinds == {"pinned_host" if offload else "device"}
         assert step._cache_size() == 1
     assert all(losses[True, seed] == losses[False, seed] for seed in range(3))
+
+
+def test_gradients_that_lie_split_are_never_whole_in_a_loop_over_layers():
+    held = []
+    for zero in (1, 2):
+        config = tiny.config(num_layers=6, embed_dim=96, num_heads=6, scan_layers=True)
+        program = make_program(config, tiny.layout(4, data=1, fsdp=4, zero=zero))
+        lowered = compile_step(program).lower(abstract_state(program), abstract_batch(program))
+        held.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    assert held[0] - held[1] > 0.6 * 4 * num_params(
+        program
+    )  # 3/4 of the gradients, less what the compiler lays elsewhere

@@ -136,6 +136,12 @@ def test_dropout_is_the_same_scanned_and_unrolled_and_differs_by_step():
     assert float(want[0]) in losses
 
 
+def test_attention_drops_the_same_weights_where_heads_are_split_twice():
+    c = tiny.config(dropout=0.3, num_heads=8, embed_dim=32, num_layers=1)
+    batch = tiny.batch(c)
+    assert_same(loss_and_grads(c, batch, tiny.layout(4, data=1, context=2, model=2)), loss_and_grads(c, batch))
+
+
 def test_remat_by_name_keeps_exactly_the_named_tensors():
     def compiled(remat):
         c = tiny.config(num_layers=1, remat=remat)
@@ -292,10 +298,11 @@ def test_the_learning_rate_that_is_reported_is_the_one_applied():
 
 def test_evaluation_counts_tokens_and_ignores_z_loss(reference):
     c, batch, (loss, tokens, *_) = reference
-    program = make_program(c, tiny.layout())
-    nats, counted = compile_eval(program)(init_state(program).params, put_batch(program, batch))
-    assert counted == tokens
-    assert float(nats) / float(counted) == pytest.approx(float(loss), rel=REORDERED)
+    for layout in (tiny.layout(8, data=2, context=2, model=2), tiny.layout()):
+        program = make_program(c, layout)
+        nats, counted = compile_eval(program)(init_state(program).params, put_batch(program, batch))
+        assert counted == tokens
+        assert float(nats) / float(counted) == pytest.approx(float(loss), rel=REORDERED)
 
 
 def test_a_batch_is_plain_arrays():

@@ -287,6 +287,9 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_context_it_has():
         context = np.zeros((1, 16), np.int32)
         context[0, : len(seen)] = seen
         assert int(np.argmax(logits(params, context)[0, len(seen) - 1, :61])) == ids[i]
+    split = make_program(tiny.config("gpt2"), tiny.layout(8, data=2, context=2, model=2))
+    params = init_state(split).params
+    assert prompt + generate.generate(split, params, prompt, max_new_tokens=40, temperature=0) == ids
 
 
 def test_relative_workdirs_work_everywhere(unbroken, monkeypatch, capsys):

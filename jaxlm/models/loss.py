@@ -21,7 +21,7 @@ from jaxlm.models.kernels import Choice, choose, triton_refuses
 from jaxlm.models.softmax_kernel import softmax_terms
 from jaxlm.parallel.dense import gather_positions, gather_weight, reduce_gradient, scatter_positions
 from jaxlm.parallel.rules import Layout
-from jaxlm.parallel.working import Value, gradient_of
+from jaxlm.parallel.working import Value, gradient_of, lies
 
 HEAD = ("vocab", "embed")
 
@@ -102,7 +102,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _terms(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT) -> tuple:
     """(objective, nats, dx, dhead), the first two of the whole mesh; without `gradient` the last two are None."""
     layout = settings.layout
-    head_VD = gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
+    at, head_VD = lies(head_VD), gather_weight(layout, head_VD, HEAD, x_BTD.dtype)
     x_BTD = gather_positions(layout, x_BTD)
     C = num_chunks(labels_BT.size, settings.chunk_tokens or fitting_tokens(settings.kernel, head_VD))
     chunks = (x_BTD.reshape(C, -1, x_BTD.shape[-1]), labels_BT.reshape(C, -1), weights_BT.reshape(C, -1))
@@ -126,7 +126,7 @@ def _terms(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weight
     if dhead_VD is None or dx_CND is None:
         return objective, nats, None, None
     dx_BTD = scatter_positions(layout, dx_CND.reshape(x_BTD.shape), layout.split("vocab"))
-    return objective, nats, dx_BTD, reduce_gradient(layout, dhead_VD, HEAD)
+    return objective, nats, dx_BTD, reduce_gradient(layout, dhead_VD, HEAD, at=at)
 
 
 def _xla_terms(logits_NV, labels_N, weights_N, settings: Settings, gradient: bool):

@@ -9,8 +9,8 @@ Each function stands for the plain product of whole arrays; forward and backward
   lookup    rows of a table [V, D] by token: no device ever holds more of the table than a step does
 
 A weight rests split further than it computes (the table's two columns): it is cast, gathered for the product, dropped, and
-gathered again for the backward. Its gradient is formed in float32 and scattered over the axes that split the weight at rest;
-the sum over the other ones comes later (gradients.py).
+gathered again for the backward, unless a step holds it whole. Its gradient is formed in float32 and scattered to lie where
+gradients do; the sum over other axes comes later (gradients.py).
 Sources: Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5; Korthikanti et al., arXiv:2205.05198, section 4.2 (positions
 split between tensor-parallel products).
 """
@@ -27,10 +27,9 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 
 from jaxlm.parallel.gradients import scatter
-from jaxlm.parallel.rules import Layout
-from jaxlm.parallel.working import Value, cast, gradient_of
+from jaxlm.parallel.rules import At, Dims, Layout
+from jaxlm.parallel.working import Value, cast, gradient_of, lies
 
-Dims = tuple[str, ...]
 RESIDUAL = ("batch", "residual", "embed")
 
 
@@ -115,7 +114,7 @@ def _columns_backward(p, dims, saved, dys):
     dx_BTD = reduce(lambda total, dx_BTD: dx_BTD + total, dxs_BTD)  # in this order cuBLAS adds as it writes
     dx_BTD = scatter_positions(p.layout, dx_BTD, p.layout.split(*dims[0][1:]))
     dx_BTD, dweights = _beside(p, (dx_BTD, dweights))
-    sums = (reduce_gradient(p.layout, dw_DF, d) for dw_DF, d in zip(dweights, dims))
+    sums = (reduce_gradient(p.layout, dw_DF, d, at=lies(w)) for dw_DF, d, w in zip(dweights, dims, weights))
     return dx_BTD, tuple(map(gradient_of, weights, sums))
 
 
@@ -140,7 +139,7 @@ def _rows_backward(p, dims, made, saved, dx_BTD):
     dsums, dbiases = made.backward(sums, dx_BTD, gather_weight(p.layout, w, dims, p.dtype))
     dw_FD = jnp.tensordot(y_BTF, dx_BTD, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
     dsums, dw_FD = _beside(p, (dsums, dw_FD))
-    return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims))
+    return dsums, dbiases, gradient_of(w, reduce_gradient(p.layout, dw_FD, dims, at=lies(w)))
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
@@ -169,9 +168,9 @@ def _lookup_backward(p, dims, saved, dx_BTD):
         dx_BTD = jax.lax.all_to_all(dx_BTD, at_rest, 2, 0, tiled=True)
     dx_BTD = jnp.where(hit[..., None], dx_BTD.astype(jnp.float32), 0)
     dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[index].add(dx_BTD)
-    if any(p.layout.gathered(dims, at="rest")):  # rows as in x, or a sum over devices turns this too: 1.1 ms of 355M
+    if any(p.layout.gathered(dims, at="rest")):  # rows as in x, or a scatter over devices turns this: 1.1 ms at 355M
         dtable_VD = jax.lax.optimization_barrier(with_layout_constraint(dtable_VD, MemoryLayout((0, 1))))
-    return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, done=at_rest)), None
+    return gradient_of(table, reduce_gradient(p.layout, dtable_VD, dims, at=lies(table), done=at_rest)), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -188,7 +187,7 @@ def _local_rows(layout: Layout, table_VD, tokens_BT, group: tuple[str, ...]) -> 
 
 
 def input_gradient(dx_BTD: jax.Array, w_FD: jax.Array) -> jax.Array:
-    """D y [B, T, F...] of x = y times w [F..., D]."""
+    """The gradient of y [B, T, F...] of x = y times w [F..., D]."""
     return jnp.tensordot(dx_BTD, w_FD, (2, w_FD.ndim - 1))
 
 
@@ -208,17 +207,17 @@ def scatter_positions(layout: Layout, x_BTD: jax.Array, partial_over: tuple[str,
 
 
 def gather_weight(layout: Layout, weight: Value, dims: Dims, dtype: Any) -> jax.Array:
-    """From its share at rest to its share in compute, cast before it travels."""
+    """From its share as a step holds it to its share in compute, cast before it travels."""
     w = cast(weight, dtype)
     for i, axes in enumerate(layout.gathered(dims)):
         w = jax.lax.all_gather(w, axes, axis=i, tiled=True) if axes else w
     return w
 
 
-def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, done: tuple[str, ...] = ()) -> jax.Array:
-    """This device's part of a weight's gradient, scattered as a step holds the weight. Over the other axes that split
+def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, at: At, done: tuple[str, ...] = ()) -> jax.Array:
+    """This device's part of a weight's gradient, scattered to lie `at`. Over the other axes that split
     rows and positions it is a part still, which gradients.py sums. done: axes over which it is summed and split already."""
-    return scatter(dw, [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims)])
+    return scatter(dw, [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims, at=at)])
 
 
 def _again(p: Products, dims: tuple[Dims, ...], operands: Any) -> Any:

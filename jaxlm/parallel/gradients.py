@@ -1,8 +1,9 @@
 """Gradients on their way from the products that form them to the optimizer, and their norm. Everything here is local.
 
-A device's part of a gradient, of its rows and positions, is scattered over the axes that split its parameter: as a step holds
-it at once, as gradients lie after each microbatch, as it rests at the step's end. There it is summed over the axes left: once
-a step, however many microbatches, and between groups of devices (hybrid shard) a shard at a time.
+A device's part of a gradient, of its rows and positions, is scattered over the axes that split its parameter: at once over
+those that split it in a step or as a gradient (in a pipeline: after each microbatch), over the others that split it at rest
+when the step ends. There it is summed over the axes left: once a step, however many microbatches, and between groups of
+devices (hybrid shard) a shard at a time.
 Source: Zhang et al., MiCS, arXiv:2205.00119, section 3.4 (two-hop sums).
 """
 
@@ -17,15 +18,12 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 
-from jaxlm.parallel.rules import At, Layout, by_dims, is_vector
-
-Dims = tuple[str, ...]
+from jaxlm.parallel.rules import At, Dims, Layout, by_dims, is_vector
 
 
 def lay_gradient(layout: Layout, dims: Dims, dw: jax.Array, *, came: At, goes: At) -> jax.Array:
     """From how it lies at `came` to how it lies at `goes`: summed over the axes that split only there."""
-    pairs = zip(layout.gathered(dims, at=came), layout.gathered(dims, at=goes))
-    return scatter(dw, [tuple(axis for axis in new if axis not in old) for old, new in pairs])
+    return scatter(dw, layout.split_further(dims, than=came, at=goes))
 
 
 def finish_gradients(layout: Layout, dims: Any, grads: Any, factor: jax.Array | float = 1.0) -> Any:

@@ -19,6 +19,7 @@ from jaxlm.config import MESH_AXES, Problem, UserError
 
 # Where a weight is: multiplied, in a step between products, as its gradient, between steps beside the optimizer's state
 At = Literal["compute", "step", "grads", "rest"]
+Dims = tuple[str, ...]
 STORED: dict[At, int] = {"compute": 4, "step": 3, "grads": 2, "rest": 1}  # least mesh.zero to lie by the storage column
 
 
@@ -171,11 +172,16 @@ class Layout:
         columns = zip(self.axes(dims, at=at), self.axes(dims))
         return tuple(tuple(a for a in rest if a not in use and self.mesh.shape[a] > 1) for rest, use in columns)
 
+    def split_further(self, dims: Sequence[str], *, than: At, at: At) -> tuple[tuple[str, ...], ...]:
+        """For each dim the mesh axes above 1 that split it `at` and not `than`."""
+        pairs = zip(self.gathered(dims, at=than), self.gathered(dims, at=at))
+        return tuple(tuple(axis for axis in there if axis not in here) for here, there in pairs)
+
     def on_mesh(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`local`, written for one device's share with its own collectives, as a function of whole arrays.
 
-        The one way from code that sees whole arrays (step.py, the optimizer) to code that is called local (the model, its
-        loss, the gradients of both). It is not differentiated: gradients are taken on the inside.
+        The one way from code that sees whole arrays (step.py, generate.py) to the model's, which is local, as are its loss and
+        the gradients of both. It is not differentiated: gradients are taken on the inside.
         """
         if self.mesh.size == 1:
             return local

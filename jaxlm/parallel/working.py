@@ -1,7 +1,6 @@
 """Working copies: weights in the compute dtype, cast once a step, whose gradients are float32 all the same.
 
-Where a step holds all weights (mesh.zero below 3) they are gathered here, once a step, in the compute dtype. Local, as all code
-of a step but the optimizer.
+Where a step holds all weights (mesh.zero below 3) they are gathered here, once a step, in the compute dtype.
 
 A step that runs through many microbatches would cast every weight for each of them; the compiler does not take the cast out
 of the loop. But the gradient of a bfloat16 array is bfloat16, and what it rounds is lost before the sum over
@@ -17,16 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.rules import Layout, by_dims, is_vector
+from jaxlm.parallel.rules import At, Dims, Layout, by_dims, is_vector
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["value", "hook"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "hook"], meta_fields=["at"])
 @dataclass(frozen=True)
 class Working:
-    """value: the weight in the compute dtype.   hook: zeros, float32, read by nobody; its cotangent is the gradient."""
+    """value: the weight in the compute dtype.   hook: zeros, float32, read by nobody; its cotangent is the gradient, which lies
+    as one does `at`."""
 
     value: jax.Array
     hook: jax.Array
+    at: At = "step"
 
     def __getitem__(self, index: Any) -> Working:
         assert index is ..., "a working copy is read whole"
@@ -36,23 +37,27 @@ class Working:
 Value = jax.Array | Working  # of a weight: as it rests, or as a step reads it
 
 
-def working_copies(params: Any, dims: Any, dtype: str, layout: Layout) -> Any:
-    """Of `params` at rest, as a step holds them: working copies of products' weights and of tables that are looked up in.
+def has_copy(dims: Dims) -> bool:
+    """Whether parameters of these dims get a working copy: weights of products and tables that are looked up in, not positions,
+    which are added in float32."""
+    return not is_vector(dims) and "position" not in dims
 
-    These are the parameters with the model's width among their dims, but for the positions, which are added in float32.
-    """
 
-    def held(param: jax.Array, of: tuple[str, ...]) -> jax.Array:
-        for i, (rest, step) in enumerate(zip(layout.gathered(of, at="rest"), layout.gathered(of))):
-            axes = tuple(axis for axis in rest if axis not in step)
+def working_copies(params: Any, dims: Any, dtype: str, layout: Layout, *, at: At = "step") -> Any:
+    """Of `params` at rest, as a step holds them: a working copy of each that has one, its gradient to lie as one does `at`."""
+
+    def held(param: jax.Array, of: Dims) -> jax.Array:
+        for i, axes in enumerate(layout.split_further(of, than="step", at="rest")):
             param = jax.lax.all_gather(param, axes, axis=i, tiled=True) if axes else param
         return param
 
-    def copy(of: tuple[str, ...], param: jax.Array) -> Value:
-        if is_vector(of) or "position" in of:
+    def copy(of: Dims, param: jax.Array) -> Value:
+        if not has_copy(of):
             return held(param, of)
         value = held(param.astype(dtype), of)
-        return Working(value, jnp.zeros(value.shape, param.dtype))
+        parts = map(layout.num_parts, layout.split_further(of, than="step", at=at))
+        shape = tuple(size // n for size, n in zip(value.shape, parts))
+        return Working(value, jnp.zeros(shape, param.dtype), at)
 
     return by_dims(copy, dims, params)
 
@@ -62,9 +67,16 @@ def cast(weight: Value, dtype: Any) -> jax.Array:
     return weight.value if isinstance(weight, Working) else weight.astype(dtype)
 
 
+def lies(weight: Value) -> At:
+    """How the gradient of `weight` lies that its backward gives."""
+    return weight.at if isinstance(weight, Working) else "step"
+
+
 def gradient_of(weight: Value, grad: jax.Array) -> Any:
     """`grad`, float32, as the cotangent of `weight`."""
-    return Working(None, grad) if isinstance(weight, Working) else grad.astype(weight.dtype)  # pyright: ignore
+    if isinstance(weight, Working):
+        return Working(None, grad, weight.at)  # pyright: ignore
+    return grad.astype(weight.dtype)
 
 
 def gradients(tree: Any) -> Any:
