@@ -2,8 +2,7 @@
 # S shards of the vocabulary.
 """Cross entropy whose gradient is formed in the forward pass, a chunk of tokens at a time: no other logits exist.
 
-Each device sees its rows, its positions and its shard of the vocabulary, and what must be summed is summed once, after the last
-chunk.
+Each device sees its rows, its positions and its shard of the vocabulary; what must be summed is summed once, after the last.
 """
 
 from __future__ import annotations

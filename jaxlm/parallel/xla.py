@@ -17,7 +17,7 @@ GPU: Options = {
     "xla_gpu_enable_triton_gemm": False,  # products go to cuBLAS, which adds biases, GELU and other products as it writes
     "xla_gpu_dot_merger_threshold_mb": 0,  # of two products of one input made one, each would have to be copied out
     # Exchanges overlap while XLA believes there is room: in four fifths of the memory, less 5 % of what is no argument. A run
-    # has .92 of it (session.py), which this never passes.
+    # has .92 of it unless its environment says otherwise (session.py), which this never passes.
     "xla_gpu_memory_limit_slop_factor": 115,
 }
 ONE_HOST: Options = {  # on several GPUs of one process
