@@ -328,16 +328,10 @@ def _loss_and_grads(program: Program, params: Any, batch: Batch, key: jax.Array,
 def _sums(program: Program, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     model, train = program.model(params), program.config.train
     return cross_entropy_sums(
-        model.hidden(batch.tokens, key, batch.starts),
-        model.head_table[...],
-        batch.labels,
-        batch.weights,
-        layout=program.layout,
-        vocab_size=program.config.model.vocab_size,
-        z_loss=train.z_loss,
-        chunk_tokens=train.loss_chunk_tokens,
-        kernel=choose_loss(program.config.model, program.layout).kernel,
-    )
+        model.hidden(batch.tokens, key, batch.starts), model.head_table[...], batch.labels, batch.weights,
+        layout=program.layout, vocab_size=program.config.model.vocab_size, z_loss=train.z_loss,
+        chunk_tokens=train.loss_chunk_tokens, kernel=choose_loss(program.config.model, program.layout).kernel,
+    )  # fmt: skip
 
 
 def eval_step(program: Program, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

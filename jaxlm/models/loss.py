@@ -81,11 +81,11 @@ def cross_entropy_sums(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    return _terms(settings, False, x_BTD, head_VD, labels_BT, weights_BT)[:2]
+    return _sums_and_gradients(settings, False, x_BTD, head_VD, labels_BT, weights_BT)[:2]
 
 
 def _sums_forward(x_BTD, head_VD, labels_BT, weights_BT, settings):
-    objective, nats, dx_BTD, dhead_VD = _terms(settings, True, x_BTD, head_VD, labels_BT, weights_BT)
+    objective, nats, dx_BTD, dhead_VD = _sums_and_gradients(settings, True, x_BTD, head_VD, labels_BT, weights_BT)
     return (objective, nats), (dx_BTD, gradient_of(head_VD, dhead_VD))
 
 
@@ -98,7 +98,7 @@ def _sums_backward(settings, saved, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _terms(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT) -> tuple:
+def _sums_and_gradients(settings: Settings, gradient: bool, x_BTD, head_VD, labels_BT, weights_BT) -> tuple:
     """(objective, nats, dx, dhead), the first two of the whole mesh; without `gradient` the last two are None."""
     layout = settings.layout
     at, head_VD = lies(head_VD), gather_weight(layout, head_VD, HEAD, x_BTD.dtype)

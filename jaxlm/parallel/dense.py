@@ -215,8 +215,10 @@ def gather_weight(layout: Layout, weight: Value, dims: Dims, dtype: Any) -> jax.
 
 
 def reduce_gradient(layout: Layout, dw: jax.Array, dims: Dims, *, at: At, done: tuple[str, ...] = ()) -> jax.Array:
-    """This device's part of a weight's gradient, scattered to lie `at`. Over the other axes that split
-    rows and positions it is a part still, which gradients.py sums. done: axes over which it is summed and split already."""
+    """This device's part of a weight's gradient, scattered to lie `at`; over other axes a part still, which gradients.py sums.
+
+    done: axes over which it is summed and split already.
+    """
     return scatter(dw, [tuple(axis for axis in axes if axis not in done) for axes in layout.gathered(dims, at=at)])
 
 
